@@ -1,0 +1,221 @@
+"""The tally: what has to be remembered of any number of targets, as one small int64 tensor.
+
+It holds five exact sums and a handful of counts, and it can do one thing: be added to another tally. Batches,
+accumulation windows, epochs, ranks, data loaders and restarts are all the same `+`, which is commutative and
+associative bit for bit and has `Tally.zero()` as its identity. Everything that people want to know (nats, bits,
+perplexity, a standard error) is a *reading* of a tally, in `readings.py`.
+
+The sums are those of loss and weight, and of `S * S`, `S * W` and `W * W`, where S and W are the loss and the
+weight of one sequence: with them a standard error can treat a sequence, and not a token, as the unit that was drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent_metrics.exact import LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int
+from xent_metrics.losses import TargetLosses
+
+SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
+COUNTS = (
+    "scored",
+    "ignored",
+    "out_of_range",
+    "invalid_weight",
+    "positive_infinite",
+    "negative_infinite",
+    "nan",
+    "sequences",
+    "wide_sequences",
+)
+NUM_SUM_LIMBS = len(SUMS) * NUM_LIMBS
+STATE_SIZE = NUM_SUM_LIMBS + len(COUNTS)
+
+SEQUENCE_BITS = 36
+"""A sequence's loss and weight are squared in units of `2**-SEQUENCE_BITS`, so that their products are integers."""
+
+_SEQUENCE_LIMIT = 2**26  # Nats, or weight, of a sequence that is sure to fit 63 bits in those units.
+_BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and they stay in the cache.
+_BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
+
+WEIGHT_LIMIT = 2.0**47
+"""Weights are below this, so that the product of a class weight and a target's weight fits the limbs."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Exact sums and counts over any number of targets.
+
+    Attributes:
+        state: One int64 tensor of `STATE_SIZE` numbers; save it, load it, or sum it over ranks.
+    """
+
+    state: Tensor
+
+    def __post_init__(self) -> None:
+        if self.state.dtype != torch.int64 or self.state.shape[-1:] != (STATE_SIZE,):
+            raise ValueError(
+                f"`state` must be an int64 tensor of {STATE_SIZE} numbers, got {self.state.dtype} of shape "
+                f"{tuple(self.state.shape)}; pass the `state` of another tally."
+            )
+
+    @classmethod
+    def zero(cls, device: torch.device | str | None = None) -> Tally:
+        """Return the tally of no targets at all, the identity of `+`."""
+        return cls(torch.zeros(STATE_SIZE, dtype=torch.int64, device=device))
+
+    def __add__(self, other: Tally) -> Tally:
+        """Return the tally of both sets of targets, in canonical form."""
+        return Tally(canonical(self.state + other.state))
+
+    def sum_on_device(self, name: str, unit_bits: int, dtype: torch.dtype) -> Tensor:
+        """Read one of `SUMS` in floating point, without leaving the device."""
+        start = SUMS.index(name) * NUM_LIMBS
+        return to_float(self.state[..., start : start + NUM_LIMBS], unit_bits, dtype)
+
+    def count_on_device(self, name: str) -> Tensor:
+        """Return one of `COUNTS`, without leaving the device."""
+        return self.state[..., NUM_SUM_LIMBS + COUNTS.index(name)]
+
+    def totals(self) -> Totals:
+        """Copy the tally to the host, as Python integers."""
+        numbers: list[int] = self.state.tolist()
+        sums = (to_int(numbers[i : i + NUM_LIMBS]) for i in range(0, NUM_SUM_LIMBS, NUM_LIMBS))
+        return Totals(*sums, *numbers[NUM_SUM_LIMBS:])
+
+
+class Totals(NamedTuple):
+    """A tally on the host: Python integers, one for each of `SUMS` and `COUNTS`.
+
+    `loss` and `weight` are in units of `2**-64`, the three products in units of `2**-72`. `scored` counts every target
+    that was looked at; those whose loss was infinite or NaN are also counted as such, and are in none of the sums.
+    `sequences` counts those of positive weight, `wide_sequences` those whose products did not fit.
+    """
+
+    loss: int
+    weight: int
+    loss_loss: int
+    loss_weight: int
+    weight_weight: int
+    scored: int
+    ignored: int
+    out_of_range: int
+    invalid_weight: int
+    positive_infinite: int
+    negative_infinite: int
+    nan: int
+    sequences: int
+    wide_sequences: int
+
+    @property
+    def nonfinite(self) -> int:
+        """Number of scored targets whose loss was infinite (`2**94` nats or more count as such) or NaN."""
+        return self.positive_infinite + self.negative_infinite + self.nan
+
+
+def canonical(state: Tensor) -> Tensor:
+    """Carry the sums of a state; two states of the same targets are then equal bit for bit."""
+    sums = carry(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
+    return torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1)
+
+
+def tally_losses(losses: TargetLosses, weight: Tensor | None = None) -> Tally:
+    """Tally per-target losses.
+
+    Args:
+        losses: What `target_losses` returns; the first dimension counts sequences, the second targets in each.
+        weight: Weight of each target, of the same shape: numbers in `[0, 2**47)`, or booleans to say which to score.
+    """
+    sequences, length = losses.loss.shape
+    state = losses.loss.new_zeros(STATE_SIZE, dtype=torch.int64)
+    rows = max(1, min(_BLOCK_SEQUENCES, _BLOCK_TARGETS // max(length, 1)))
+    for start in range(0, sequences if length else 0, rows):
+        block = slice(start, start + rows)
+        state = state + _tally_sequences(losses.at(block), None if weight is None else weight[block])
+    return Tally(canonical(state))
+
+
+def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
+    """Return the state of a few whole sequences, not yet carried."""
+    length = losses.loss.shape[1]
+    sums, counts = None, None
+    for start in range(0, length, _BLOCK_TARGETS):
+        block = (slice(None), slice(start, start + _BLOCK_TARGETS))
+        part, part_counts = _sum_targets(losses.at(block), None if weight is None else weight[block])
+        sums = part if sums is None else sums + part
+        counts = part_counts if counts is None else counts + part_counts
+    assert sums is not None and counts is not None
+    products, sequence_counts = _multiply_sequences(sums, length)
+    return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
+
+
+def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum over the targets of each sequence.
+
+    Returns:
+        Limbs of loss and weight, of shape (limbs, 2, sequences), and the first seven of `COUNTS`.
+    """
+    loss, norm, ignored, out_of_range = losses
+    invalid = torch.zeros_like(ignored)
+    if weight is not None:
+        ignored = ignored | (weight == 0)
+        if weight.dtype != torch.bool:
+            # Not `weight < 0`: a NaN compares false with everything, and so ends up here too.
+            invalid = ~ignored & ~((weight > 0) & (weight < WEIGHT_LIMIT))
+            loss = loss * weight
+            norm = weight if norm is None else norm * weight
+    out_of_range = out_of_range & ~ignored & ~invalid
+    scored = ~(ignored | invalid | out_of_range)
+    loss = loss.where(scored, 0.0)
+    positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
+    summed = scored & ~(positive | negative | nan)
+    sums = torch.stack([split(loss.where(summed, 0.0)).sum(-1), _sum_weights(norm, summed)], 1)
+    masks = torch.stack([scored, ignored, out_of_range, invalid, positive, negative, nan])
+    return sums, masks.sum((-2, -1))
+
+
+def _sum_weights(norm: Tensor | None, summed: Tensor) -> Tensor:
+    """Return the limbs of each sequence's weight: a plain count where every weight is 1."""
+    if norm is not None:
+        return split(norm.where(summed, 0.0)).sum(-1)
+    count = summed.sum(-1)
+    zero = torch.zeros_like(count)
+    return torch.stack([zero, zero, count, zero, zero])
+
+
+def _multiply_sequences(sums: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Sum `S * S`, `S * W` and `W * W` over sequences, in exact integers.
+
+    S and W are cut to units of `2**-36` and then into two balanced digits of 32 bits, whose products fit an int64.
+
+    Args:
+        sums: Limbs of loss and weight, of shape (limbs, 2, sequences), not carried.
+        length: The number of targets in a sequence.
+
+    Returns:
+        Limbs of the three sums, and the last two of `COUNTS`.
+    """
+    # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
+    wide = (sums[:2] != 0).any(0) | (sums[2].abs() >= (_SEQUENCE_LIMIT if length < _SEQUENCE_LIMIT else 0))
+    wide = wide.any(0)
+    shift = LIMB_BITS - SEQUENCE_BITS + LIMB_BITS
+    fixed = (sums[2] << SEQUENCE_BITS) + (sums[3] << (SEQUENCE_BITS - LIMB_BITS)) + (sums[4] >> shift)
+    fixed = fixed.masked_fill(wide, 0)
+    half = 2 ** (LIMB_BITS - 1)
+    low = ((fixed + half) & LIMB_MASK) - half
+    digits = torch.stack([(fixed - low) >> LIMB_BITS, low])
+    products = digits[:, :, None, None] * digits  # (digit, S or W, digit, S or W, sequences)
+    columns = []
+    for part in (products >> LIMB_BITS, products & LIMB_MASK):
+        part = part.sum(-1)
+        columns.append((part[0, :, 0], part[0, :, 1] + part[1, :, 0], part[1, :, 1]))
+    upper, lower = columns
+    limbs = [torch.zeros_like(upper[0]), upper[0], lower[0] + upper[1], lower[1] + upper[2], lower[2]]
+    square = torch.stack(limbs, -1)  # (S or W, S or W, limbs)
+    weighty = (sums[:, 1] != 0).any(0)
+    counts = torch.stack([weighty.sum(), (wide & weighty).sum()])
+    return torch.cat([square[0].flatten(), square[1, 1]]), counts
