@@ -83,6 +83,12 @@ class _TallyMetric(Metric):
             raise
         self.tally = self.tally + batch
 
+    def add(self, batch: Tally) -> None:
+        """Add a tally that was made elsewhere, by `xent_metrics.functional.tally` or another metric."""
+        self.tally = self.tally + batch
+        self._computed = None
+        self._update_count += 1
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.exact import LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int
+from xent_metrics.exact import LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int, widest_float
 from xent_metrics.losses import TargetLosses
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
@@ -137,6 +137,20 @@ def tally_losses(losses: TargetLosses, weight: Tensor | None = None) -> Tally:
         block = slice(start, start + rows)
         state = state + _tally_sequences(losses.at(block), None if weight is None else weight[block])
     return Tally(canonical(state))
+
+
+def tally_mean(mean: Tensor, count: Tensor) -> Tally:
+    """Tally targets of which only the mean loss and the number are known, so that there are no sequences.
+
+    Args:
+        mean: Mean loss in nats, a scalar; not looked at where `count` is 0.
+        count: Number of targets, an int64 scalar.
+    """
+    loss = (mean.to(widest_float(mean.device)) * count).view(1, 1)
+    nothing = torch.zeros(1, 1, dtype=torch.bool, device=mean.device)
+    one = tally_losses(TargetLosses(loss, count.to(loss.dtype).view(1, 1), (count == 0).view(1, 1), nothing)).state
+    sums, counts = one[: 2 * NUM_LIMBS], one[NUM_SUM_LIMBS:-2]
+    return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts * count, counts.new_zeros(2)]))
 
 
 def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
