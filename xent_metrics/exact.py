@@ -68,8 +68,8 @@ def to_int(limbs: Sequence[int]) -> int:
     return reduce(lambda total, limb: (total << LIMB_BITS) + limb, limbs, 0)
 
 
-def to_float(limbs: Tensor, unit_bits: int, dtype: torch.dtype) -> Tensor:
-    """Read canonical limbs on their device as floats, some rounding errors off; the lowest counts `2**-unit_bits`.
+def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read limbs on their device as floats, in units of the lowest limb and some rounding errors off.
 
     The digits of a small negative number (-1, 2**32 - 1, ...) would cancel. Balanced digits, in
     `[-2**31, 2**31)`, cannot.
@@ -79,7 +79,8 @@ def to_float(limbs: Tensor, unit_bits: int, dtype: torch.dtype) -> Tensor:
         excess = (digits[i] + 2 ** (LIMB_BITS - 1)) >> LIMB_BITS
         digits[i] = digits[i] - (excess << LIMB_BITS)
         digits[i - 1] = digits[i - 1] + excess
-    value = torch.zeros_like(digits[-1], dtype=dtype)
-    for power, digit in enumerate(reversed(digits)):
-        value = value + digit.to(dtype) * 2.0 ** (power * LIMB_BITS - unit_bits)
+    # From the lowest up, so that float32 overflows only if the sum does.
+    value = digits[-1].to(dtype)
+    for power, digit in enumerate(reversed(digits[:-1]), start=1):
+        value = torch.add(value, digit.to(dtype), alpha=2.0 ** (power * LIMB_BITS))
     return value

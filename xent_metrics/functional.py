@@ -137,13 +137,13 @@ def tally(
     """
     options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps)
     check_class_weight(class_weight, options)
-    return tally_batch(preds, target, weight, options, class_weight)
+    return Tally.zero(preds.device) + tally_batch(preds, target, weight, options, class_weight)
 
 
 def tally_batch(
     preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, class_weight: Tensor | None
 ) -> Tally:
-    """Tally a batch with options that have been checked, and raise on bad values where that is free."""
+    """Tally a batch (not carried) with options that have been checked; raise on bad values where that is free."""
     with torch.no_grad():
         losses = target_losses(preds, target, options, class_weight)
         if weight is not None:

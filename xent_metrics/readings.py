@@ -181,19 +181,16 @@ class DeviceReading:
     nan_policy: NanPolicy = "propagate"
     confidence: float = 0.95
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return widest_float(self.tally.state.device)
-
-    def _sum(self, name: str, unit_bits: int = FRACTION_BITS) -> Tensor:
-        return self.tally.sum_on_device(name, unit_bits, self._dtype)
+    @cached_property
+    def _sums(self) -> dict[str, Tensor]:
+        return self.tally.sums_on_device(widest_float(self.tally.state.device))
 
     @cached_property
     def cross_entropy(self) -> Tensor:
         """See `ExactReading.cross_entropy`."""
         count = self.tally.count_on_device
-        mean = self._sum("loss") / self._sum("weight")
-        mean = mean.masked_fill(self._sum("weight") == 0, math.nan)
+        weight = self._sums["weight"]
+        mean = (self._sums["loss"] / weight).masked_fill(weight == 0, math.nan)
         if self.nan_policy == "propagate":
             mean = mean.masked_fill(count("positive_infinite") > 0, math.inf)
             mean = mean.masked_fill(count("negative_infinite") > 0, -math.inf)
@@ -216,23 +213,20 @@ class DeviceReading:
     @cached_property
     def cross_entropy_stderr(self) -> Tensor:
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floating point, some 1e-8 nats off."""
-        mean, bits = self.cross_entropy, 2 * SEQUENCE_BITS
-        loss_loss, loss_weight, weight_weight = (
-            self._sum(name, bits) for name in ("loss_loss", "loss_weight", "weight_weight")
-        )
+        mean, sums = self.cross_entropy, self._sums
         count = self.tally.count_on_device("sequences")
-        squares = (loss_loss - 2 * mean * loss_weight + mean * mean * weight_weight).clamp(min=0)
-        stderr = (count / (count - 1) * squares).sqrt() / self._sum("weight")
-        too_coarse = weight_weight < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - bits)
+        squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
+        stderr = (count / (count - 1) * squares.clamp(min=0)).sqrt() / sums["weight"]
+        too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
         invalid = (count < 2) | (self.tally.count_on_device("wide_sequences") > 0) | too_coarse | ~mean.isfinite()
         return stderr.masked_fill(invalid, math.nan)
 
-    @property
+    @cached_property
     def cross_entropy_lower(self) -> Tensor:
         """See `ExactReading.cross_entropy_lower`."""
         return self.cross_entropy - normal_quantile(self.confidence) * self.cross_entropy_stderr
 
-    @property
+    @cached_property
     def cross_entropy_upper(self) -> Tensor:
         """See `ExactReading.cross_entropy_upper`."""
         return self.cross_entropy + normal_quantile(self.confidence) * self.cross_entropy_stderr

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.exact import LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int, widest_float
+from xent_metrics.exact import FRACTION_BITS, LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int, widest_float
 from xent_metrics.losses import TargetLosses
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
@@ -50,6 +50,8 @@ WEIGHT_LIMIT = 2.0**47
 class Tally:
     """Exact sums and counts over any number of targets.
 
+    `+` returns canonical sums: two of its results for the same targets are equal bit for bit.
+
     Attributes:
         state: One int64 tensor of `STATE_SIZE` numbers; save it, load it, or sum it over ranks.
     """
@@ -57,7 +59,7 @@ class Tally:
     state: Tensor
 
     def __post_init__(self) -> None:
-        if self.state.dtype != torch.int64 or self.state.shape[-1:] != (STATE_SIZE,):
+        if self.state.dtype != torch.int64 or self.state.shape != (STATE_SIZE,):
             raise ValueError(
                 f"`state` must be an int64 tensor of {STATE_SIZE} numbers, got {self.state.dtype} of shape "
                 f"{tuple(self.state.shape)}; pass the `state` of another tally."
@@ -70,16 +72,19 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         """Return the tally of both sets of targets, in canonical form."""
-        return Tally(canonical(self.state + other.state))
+        state = self.state + other.state
+        sums = carry(state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS))
+        return Tally(torch.cat([sums.flatten(), state[NUM_SUM_LIMBS:]]))
 
-    def sum_on_device(self, name: str, unit_bits: int, dtype: torch.dtype) -> Tensor:
-        """Read one of `SUMS` in floating point, without leaving the device."""
-        start = SUMS.index(name) * NUM_LIMBS
-        return to_float(self.state[..., start : start + NUM_LIMBS], unit_bits, dtype)
+    def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device."""
+        values = to_float(self.state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS), dtype)
+        first, products = values[:2] * 2.0**-FRACTION_BITS, values[2:] * 2.0 ** (-2 * SEQUENCE_BITS)
+        return dict(zip(SUMS, (*first.unbind(), *products.unbind()), strict=True))
 
     def count_on_device(self, name: str) -> Tensor:
         """Return one of `COUNTS`, without leaving the device."""
-        return self.state[..., NUM_SUM_LIMBS + COUNTS.index(name)]
+        return self.state[NUM_SUM_LIMBS + COUNTS.index(name)]
 
     def totals(self) -> Totals:
         """Copy the tally to the host, as Python integers."""
@@ -117,26 +122,22 @@ class Totals(NamedTuple):
         return self.positive_infinite + self.negative_infinite + self.nan
 
 
-def canonical(state: Tensor) -> Tensor:
-    """Carry the sums of a state; two states of the same targets are then equal bit for bit."""
-    sums = carry(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
-    return torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1)
-
-
 def tally_losses(losses: TargetLosses, weight: Tensor | None = None) -> Tally:
-    """Tally per-target losses.
+    """Tally per-target losses; the sums are not carried yet, which adding to another tally does.
 
     Args:
         losses: What `target_losses` returns; the first dimension counts sequences, the second targets in each.
         weight: Weight of each target, of the same shape: numbers in `[0, 2**47)`, or booleans to say which to score.
     """
     sequences, length = losses.loss.shape
-    state = losses.loss.new_zeros(STATE_SIZE, dtype=torch.int64)
     rows = max(1, min(_BLOCK_SEQUENCES, _BLOCK_TARGETS // max(length, 1)))
+    if 0 < sequences <= rows and length:
+        return Tally(_tally_sequences(losses, weight))
+    total = Tally.zero(losses.loss.device)
     for start in range(0, sequences if length else 0, rows):
         block = slice(start, start + rows)
-        state = state + _tally_sequences(losses.at(block), None if weight is None else weight[block])
-    return Tally(canonical(state))
+        total = total + Tally(_tally_sequences(losses.at(block), None if weight is None else weight[block]))
+    return total
 
 
 def tally_mean(mean: Tensor, count: Tensor) -> Tally:
@@ -174,29 +175,32 @@ def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, T
         Limbs of loss and weight, of shape (limbs, 2, sequences), and the first seven of `COUNTS`.
     """
     loss, norm, ignored, out_of_range = losses
-    invalid = torch.zeros_like(ignored)
+    skipped = ignored | out_of_range
+    invalid = None
     if weight is not None:
         ignored = ignored | (weight == 0)
+        out_of_range = out_of_range & ~ignored
+        skipped = ignored | out_of_range
         if weight.dtype != torch.bool:
             # Not `weight < 0`: a NaN compares false with everything, and so ends up here too.
-            invalid = ~ignored & ~((weight > 0) & (weight < WEIGHT_LIMIT))
+            invalid = ~(skipped | (weight > 0) & (weight < WEIGHT_LIMIT))
+            skipped = skipped | invalid
             loss = loss * weight
             norm = weight if norm is None else norm * weight
-    out_of_range = out_of_range & ~ignored & ~invalid
-    scored = ~(ignored | invalid | out_of_range)
-    loss = loss.where(scored, 0.0)
+    loss = loss.masked_fill(skipped, 0.0)
     positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
-    summed = scored & ~(positive | negative | nan)
-    sums = torch.stack([split(loss.where(summed, 0.0)).sum(-1), _sum_weights(norm, summed)], 1)
-    masks = torch.stack([scored, ignored, out_of_range, invalid, positive, negative, nan])
+    left_out = skipped | positive | negative | nan
+    sums = torch.stack([split(loss.masked_fill(left_out, 0.0)).sum(-1), _sum_weights(norm, left_out)], 1)
+    invalid = torch.zeros_like(skipped) if invalid is None else invalid
+    masks = torch.stack([~skipped, ignored, out_of_range, invalid, positive, negative, nan])
     return sums, masks.sum((-2, -1))
 
 
-def _sum_weights(norm: Tensor | None, summed: Tensor) -> Tensor:
+def _sum_weights(norm: Tensor | None, left_out: Tensor) -> Tensor:
     """Return the limbs of each sequence's weight: a plain count where every weight is 1."""
     if norm is not None:
-        return split(norm.where(summed, 0.0)).sum(-1)
-    count = summed.sum(-1)
+        return split(norm.masked_fill(left_out, 0.0)).sum(-1)
+    count = (~left_out).sum(-1)
     zero = torch.zeros_like(count)
     return torch.stack([zero, zero, count, zero, zero])
 
