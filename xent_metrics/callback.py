@@ -112,7 +112,7 @@ class CrossEntropyMonitor(Callback):
             if not outputs:
                 return  # The step returned None: Lightning skips such a batch.
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        self._window.add(self._tally("train", outputs, batch))
+        self._window.add(self._tally("training_step", outputs, batch))
         if _is_log_point(trainer, pl_module):
             self._epoch.add(self._window.tally)
             self._window.add(self._earlier_window.tally)
@@ -141,7 +141,7 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        self._evaluation.add(self._tally("val", outputs, batch))
+        self._evaluation.add(self._tally("validation_step", outputs, batch))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation."""
@@ -161,13 +161,13 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        self._evaluation.add(self._tally("test", outputs, batch))
+        self._evaluation.add(self._tally("test_step", outputs, batch))
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
         pl_module.log_dict(_tagged("test", self._evaluation, bounds=True), batch_size=1)
 
-    def _tally(self, stage: str, outputs: Any, batch: Any) -> Tally:
+    def _tally(self, step: str, outputs: Any, batch: Any) -> Tally:
         """Tally what a step returned."""
         form = outputs if self.extract is None else self.extract(outputs, batch)
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
@@ -180,8 +180,7 @@ class CrossEntropyMonitor(Callback):
                     )
             if "loss" in form and "num_tokens" in form:
                 return _tally_mean(form["loss"], form["num_tokens"])
-        source = f"{stage}_step" if self.extract is None else "`extract`"
-        raise ValueError(f"{source} must return {_FORMS}, got {seen}; add what is missing, or pass `extract`.")
+        raise ValueError(f"{step if self.extract is None else '`extract`'} must return {_FORMS}, got {seen}; add what is missing, or pass `extract`.")
 
 
 def _tally_mean(loss: Tensor, num_tokens: Tensor | int) -> Tally:
