@@ -2,7 +2,9 @@
 
 import math
 
+import lightning.pytorch
 import pytest
+import pytorch_lightning
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.tally import Tally
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
@@ -116,7 +119,9 @@ def pooled(seen: list[tuple[float, int]]) -> float:
     return math.fsum(nats for nats, _ in seen) / sum(tokens for _, tokens in seen)
 
 
-def assert_logged(points: dict[str, list[tuple[int, float]]], tag: str, expected: list[tuple[int, float]], suffix="") -> None:
+def assert_logged(
+    points: dict[str, list[tuple[int, float]]], tag: str, expected: list[tuple[int, float]], suffix=""
+) -> None:
     """Compare all three readings with pooled cross-entropies at their steps."""
     readings = {"cross_entropy": lambda h: h, "bits_per_token": lambda h: h / math.log(2), "perplexity": math.exp}
     for name, read in readings.items():
@@ -144,7 +149,9 @@ def test_every_form_logs_pooled_readings_in_every_stage(tmp_path, form) -> None:
 def test_accumulated_gradients_do_not_bend_the_readings(tmp_path, form) -> None:
     """Lightning divides the loss by the number of accumulated batches; the window covers all of them."""
     module = Bigram(form)
-    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), accumulate_grad_batches=4, log_every_n_steps=1, max_epochs=1)
+    trainer = make_trainer(
+        tmp_path, CrossEntropyMonitor(), accumulate_grad_batches=4, log_every_n_steps=1, max_epochs=1
+    )
     trainer.fit(module, loader(NUM_TRAIN))
     seen = module.seen["train"]
     expected = [(0, pooled(seen[:4])), (1, pooled(seen[4:8])), (2, pooled(seen[8:]))]
@@ -216,7 +223,10 @@ def test_a_validation_step_that_returns_nothing_usable_is_named(tmp_path, form, 
 def test_checkpoints_and_early_stopping_can_monitor_the_readings(tmp_path) -> None:
     """What is logged reaches `callback_metrics` before those callbacks look."""
     checkpoint = ModelCheckpoint(
-        tmp_path / "checkpoints", monitor="val/cross_entropy", filename="{val/cross_entropy:.3f}", auto_insert_metric_name=False
+        tmp_path / "checkpoints",
+        monitor="val/cross_entropy",
+        filename="{val/cross_entropy:.3f}",
+        auto_insert_metric_name=False,
     )
     stopping = EarlyStopping("train/cross_entropy_epoch", patience=1, min_delta=1e9)
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), checkpoint, stopping, max_epochs=9)
@@ -228,8 +238,6 @@ def test_checkpoints_and_early_stopping_can_monitor_the_readings(tmp_path) -> No
 
 def test_nothing_is_read_between_log_points(tmp_path, monkeypatch) -> None:
     """A tally is copied to the host once at a log point and once an epoch, whatever the number of batches."""
-    from xent_metrics.tally import Tally
-
     reads = []
     totals = Tally.totals
     monkeypatch.setattr(Tally, "totals", lambda tally: (reads.append(1), totals(tally))[1])
@@ -253,7 +261,9 @@ def test_low_precision_does_not_touch_the_tallies(tmp_path, precision) -> None:
     assert_logged(logged(trainer), "val", [(9, pooled(module.seen["val"]))])
 
 
-@pytest.mark.parametrize("kwargs", [{"fast_dev_run": True}, {"logger": False}, {"limit_val_batches": 0}, {"barebones": True}])
+@pytest.mark.parametrize(
+    "kwargs", [{"fast_dev_run": True}, {"logger": False}, {"limit_val_batches": 0}, {"barebones": True}]
+)
 def test_trainers_without_the_usual_parts_work(tmp_path, kwargs) -> None:
     """A missing logger or validation, a single step and a bare trainer are no reason to fail."""
     if "barebones" in kwargs:
@@ -276,8 +286,5 @@ def test_other_loggers_get_the_values_too(tmp_path) -> None:
 
 def test_it_serves_both_packages() -> None:
     """Lightning is published under two names with unrelated classes; the callback is one of either's."""
-    import lightning.pytorch
-    import pytorch_lightning
-
     assert isinstance(CrossEntropyMonitor(), lightning.pytorch.Callback)
     assert isinstance(CrossEntropyMonitor(), pytorch_lightning.Callback)

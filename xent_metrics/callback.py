@@ -3,8 +3,8 @@
 The usual `self.log("val_loss", loss)` averages batch means, weighted by a batch size that Lightning guesses from the
 first tensor it finds: sequences, not tokens. Here every batch becomes a tally, and only tallies are averaged.
 
-The callback holds its tallies itself. Attached to the module they would be cast by `precision="bf16-true"`, copied by weight
-averaging and listed in the model summary.
+The callback holds its tallies itself. Attached to the module they would be cast by `precision="bf16-true"`, copied by
+weight averaging and listed in the model summary.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import functional
+from xent_metrics.losses import Input
 from xent_metrics.metrics import CrossEntropyReport
 from xent_metrics.tally import Tally, tally_mean
 
@@ -33,7 +34,9 @@ else:
             if not _package.startswith(str(error.name)):
                 raise
     if not _bases:
-        raise ModuleNotFoundError("`xent_metrics.callback` needs Lightning; install it with `pip install xent-metrics[lightning]`.")
+        raise ModuleNotFoundError(
+            "`xent_metrics.callback` needs Lightning; install it with `pip install xent-metrics[lightning]`."
+        )
     Callback = type("Callback", tuple(_bases), {})
 
 _READINGS = ("cross_entropy", "bits_per_token", "perplexity")
@@ -49,8 +52,8 @@ class CrossEntropyMonitor(Callback):
 
     `training_step`, `validation_step` and `test_step` return one of
 
-    - `{"loss": ..., "losses": per-target losses in nats, "target": ...}`: recommended for training, since it computes nothing
-      a second time: `losses = F.cross_entropy(..., reduction="none")` and `loss = losses.mean()`;
+    - `{"loss": ..., "losses": per-target losses in nats, "target": ...}`: recommended for training, since it computes
+      nothing a second time: `losses = F.cross_entropy(..., reduction="none")` and `loss = losses.mean()`;
     - `{"logits": ..., "target": ...}`: the losses are computed here, without regularisers or smoothing;
     - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
       known of sequences there is no interval.
@@ -58,11 +61,12 @@ class CrossEntropyMonitor(Callback):
     `labels` is accepted for `target`. It is aligned with `logits` (position t is scored by `logits[:, t]`).
 
     Logged metrics:
-        - `train/cross_entropy`, `train/bits_per_token`, `train/perplexity`: over all targets since the last log point (not the
-          last batch only), at the steps where Lightning logs;
+        - `train/cross_entropy`, `train/bits_per_token`, `train/perplexity`: over all targets since the last log
+          point (not the last batch only), at the steps where Lightning logs;
         - `train/cross_entropy_epoch`, `train/bits_per_token_epoch`, `train/perplexity_epoch`: over the epoch;
-        - `val/cross_entropy`, `val/bits_per_token`, `val/perplexity`, and the same with `test/`: over the whole epoch and
-          all loaders; with `_lower` and `_upper` of cross-entropy and perplexity, a 95 % interval clustered by sequence.
+        - `val/cross_entropy`, `val/bits_per_token`, `val/perplexity`, and the same with `test/`: over the whole
+          epoch and all loaders; with `_lower` and `_upper` of cross-entropy and perplexity, a 95 % interval
+          clustered by sequence.
 
     They go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor them.
     Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
@@ -90,9 +94,9 @@ class CrossEntropyMonitor(Callback):
         self.ignore_index = ignore_index
         # One tally each. The window is split at the end of an epoch, which gets only its own part of it.
         self._window = CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index)
-        self._earlier_window = self._window.clone()
-        self._epoch = self._window.clone()
-        self._evaluation = self._window.clone()
+        self._earlier_window, self._epoch, self._evaluation = (
+            CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index) for _ in range(3)
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move to the device of the run and forget the last one."""
@@ -173,14 +177,18 @@ class CrossEntropyMonitor(Callback):
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         if isinstance(form, Mapping):
             target = form.get("target", form.get("labels"))
-            for key, kind in (("losses", "losses"), ("logits", "logits")):
-                if key in form and target is not None:
+            kinds: tuple[Input, ...] = ("losses", "logits")
+            for kind in kinds:
+                if kind in form and target is not None:
                     return functional.tally(
-                        form[key], target, input=kind, class_dim=self.class_dim, ignore_index=self.ignore_index
+                        form[kind], target, input=kind, class_dim=self.class_dim, ignore_index=self.ignore_index
                     )
             if "loss" in form and "num_tokens" in form:
                 return _tally_mean(form["loss"], form["num_tokens"])
-        raise ValueError(f"{step if self.extract is None else '`extract`'} must return {_FORMS}, got {seen}; add what is missing, or pass `extract`.")
+        raise ValueError(
+            f"{step if self.extract is None else '`extract`'} must return {_FORMS}, got {seen}; add what "
+            "is missing, or pass `extract`."
+        )
 
 
 def _tally_mean(loss: Tensor, num_tokens: Tensor | int) -> Tally:
@@ -190,12 +198,14 @@ def _tally_mean(loss: Tensor, num_tokens: Tensor | int) -> Tally:
 
 def _is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Say whether Lightning writes step values after this batch: the rule of its own loop, which it keeps private."""
-    if trainer.fit_loop._should_accumulate() and pl_module.automatic_optimization:
+    loop: Any = trainer.fit_loop
+    if loop._should_accumulate() and pl_module.automatic_optimization:
         return False
-    if trainer.fast_dev_run or trainer.should_stop:
+    settings: Any = trainer  # Set by Lightning's connectors, where type checkers do not see them.
+    if settings.fast_dev_run or trainer.should_stop:
         return True
-    every = trainer.log_every_n_steps
-    return every > 0 and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+    every: int = settings.log_every_n_steps
+    return bool(every > 0 and (loop.epoch_loop._batches_that_stepped + 1) % every == 0)
 
 
 def _tagged(stage: str, report: CrossEntropyReport, suffix: str = "", bounds: bool = False) -> dict[str, Tensor]:

@@ -7,9 +7,9 @@ floating point, hence the law that everything else stands on: the limbs of a sum
 `round(x * 2**64)` as unbounded integers, for every finite `|x| < 2**94`, float32 or float64, of either sign.
 
 A float32 of `2**-40 <= |x| < 2**94` and a float64 of `2**-12 <= |x| < 2**94` have no bits below `2**-64`; any other
-is rounded by at most `2**-65`. Bounds: limbs of a value are below `2**32`, so `2**31` values can be summed
-before a carry, and carried limbs of `2**31` sums can be added before the next one, as long as the
-total stays below `2**127`.
+is rounded by at most `2**-65`. Bounds: limbs of a value are at most `2**32` (a rounded one may be that), so fewer
+than `2**31` values can be summed before a carry; carried limbs are below it, so `2**31` such sums can be added before
+the next one; and the total must stay below `2**127`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def to_int(limbs: Sequence[int]) -> int:
 
 
 def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read limbs on their device as floats, in units of the lowest limb and some rounding errors off.
+    """Read limbs on their device as floats, the lowest as multiples of `2**-64`, some rounding errors off.
 
     The digits of a small negative number (-1, 2**32 - 1, ...) would cancel. Balanced digits, in
     `[-2**31, 2**31)`, cannot.
@@ -79,8 +79,7 @@ def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
         excess = (digits[i] + 2 ** (LIMB_BITS - 1)) >> LIMB_BITS
         digits[i] = digits[i] - (excess << LIMB_BITS)
         digits[i - 1] = digits[i - 1] + excess
-    # From the lowest up, so that float32 overflows only if the sum does.
-    value = digits[-1].to(dtype)
+    value = digits[-1].to(dtype) * 2.0**-FRACTION_BITS
     for power, digit in enumerate(reversed(digits[:-1]), start=1):
-        value = torch.add(value, digit.to(dtype), alpha=2.0 ** (power * LIMB_BITS))
+        value = torch.add(value, digit.to(dtype), alpha=2.0 ** (power * LIMB_BITS - FRACTION_BITS))
     return value

@@ -59,7 +59,7 @@ def bits_per_token(
     """Cross-entropy in bits, nats over ln 2; see `xent_metrics.BitsPerToken`.
 
     >>> bits_per_token(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
-    tensor(3., dtype=torch.float64)
+    tensor(3.0000, dtype=torch.float64)
     """
     options = LossOptions(input, class_dim, 0.0, ignore_index, eps)
     return _read(preds, target, weight, options, None, nan_policy).bits_per_token
@@ -99,8 +99,8 @@ def per_target_losses(
     """Loss of every target in nats, as `F.cross_entropy(..., reduction="none")` but without its copies of the logits.
 
     Returns:
-        Losses of target's shape (for soft targets, without the class dimension), float32, or float64 for float64 `preds`;
-        0 where the target is ignored. Without a graph.
+        Losses of target's shape (for soft targets, without the class dimension), float32, or float64 for float64
+        `preds`; 0 where the target is ignored. Without a graph.
 
     Raises:
         ValueError: On the CPU, if a target is out of range; elsewhere its loss is NaN.
@@ -191,7 +191,9 @@ def _as_weight(weight: Tensor, shape: torch.Size, loss: Tensor) -> Tensor:
     if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
         raise TypeError(f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}.")
     if weight.device != loss.device:
-        raise ValueError(f"`weight` must be on the device of `preds`, {loss.device}, got {weight.device}; move it with .to().")
+        raise ValueError(
+            f"`weight` must be on the device of `preds`, {loss.device}, got {weight.device}; move it with .to()."
+        )
     fits = weight.dim() <= len(shape) and all(
         own in (1, wanted) for own, wanted in zip(reversed(weight.shape), reversed(shape), strict=False)
     )
@@ -214,7 +216,8 @@ def _raise_invalid(batch: Tally, preds: Tensor, target: Tensor, weight: Tensor |
         assert weight is not None
         example = weight[~((weight >= 0) & (weight < 2.0**47))][0].item()
         raise ValueError(
-            f"`weight` must hold finite numbers that are not negative (and below 2**47), got {invalid_weight} that are not, "
+            "`weight` must hold finite numbers that are not negative (and below 2**47), got "
+            f"{invalid_weight} that are not, "
             f"such as {example}; use 0 or False for targets that are not to be scored."
         )
 
@@ -225,7 +228,9 @@ def _out_of_range_message(preds: Tensor, target: Tensor, options: LossOptions, c
     if options.ignore_index is not None:
         outside = outside & (target != options.ignore_index)
     example = target[outside][0].item()
-    fix = f"pass ignore_index={example} if it marks targets to leave out" if example < 0 else "check the vocabulary size"
+    fix = (
+        f"pass ignore_index={example} if it marks targets to leave out" if example < 0 else "check the vocabulary size"
+    )
     return (
         f"`target` must hold class indices in [0, {num_classes}) or ignore_index={options.ignore_index}, got {count} "
         f"that are neither, such as {example}; {fix}."

@@ -1,11 +1,12 @@
 """From what a model returns to one loss per target, in nats.
 
 Every layout goes through one kernel: a few rows at a time are copied (and widened to float32) into one reused buffer of
-contiguous rows and turned into log-probabilities in place. The obvious `F.cross_entropy(preds.float())` makes up to four
-more tensors of the size of the logits. The buffer is a few MiB, whatever the shape, dtype or strides of `preds`.
+contiguous rows and turned into log-probabilities in place. The obvious `F.cross_entropy(preds.float())` makes up to
+four more tensors of the size of the logits. The buffer is a few MiB, whatever the shape, dtype or strides of `preds`.
 
-The second reason is that a loss must not depend on its neighbours: `log_softmax` over contiguous rows gives a row the same
-bits in any batch, while other layouts, matmuls and a `sum` over one long row alone (which threads share) do not.
+The second reason is that a loss must not depend on its neighbours: `log_softmax` over contiguous rows gives a row
+the same bits in any batch, while other layouts, matmuls and a `sum` over one long row alone (which threads share) do
+not.
 
 All losses are `-sum_k t[k] * log q[k]` with target t and model q, in float32 (float64 for float64 `preds`).
 """
@@ -55,10 +56,13 @@ class LossOptions:
         if self.eps is not None and (not _is_number(self.eps) or not 0.0 < self.eps < 0.5):
             raise ValueError(f"`eps` must be None or a number in (0, 0.5), got {self.eps!r}.")
         if self.eps is not None and self.input != "probs":
-            raise ValueError(f"`eps` clips probabilities: it goes with `input='probs'`, not {self.input!r}; leave it out.")
+            raise ValueError(
+                f"`eps` clips probabilities: it goes with `input='probs'`, not {self.input!r}; leave it out."
+            )
         if self.input == "losses" and self.label_smoothing:
             raise ValueError(
-                f"`label_smoothing` must be 0 with `input='losses'`, got {self.label_smoothing!r}: smooth where the losses are made."
+                f"`label_smoothing` must be 0 with `input='losses'`, got {self.label_smoothing!r}: smooth "
+                "where the losses are made."
             )
 
 
@@ -79,10 +83,19 @@ class TargetLosses(NamedTuple):
 
     def at(self, index: slice | tuple[slice, slice]) -> TargetLosses:
         """Return a part of the batch."""
-        return TargetLosses(*(None if part is None else part[index] for part in self))
+        norm = None if self.norm is None else self.norm[index]
+        return TargetLosses(self.loss[index], norm, self.ignored[index], self.out_of_range[index])
+
+    def as_sequences(self, shape: torch.Size) -> TargetLosses:
+        """View flat targets of this shape as rows: a sequence is a row, or one target where there are no rows."""
+        rows = (shape[0], -1) if len(shape) > 1 and self.loss.numel() else (-1, 1)
+        norm = None if self.norm is None else self.norm.view(rows)
+        return TargetLosses(self.loss.view(rows), norm, self.ignored.view(rows), self.out_of_range.view(rows))
 
 
-def target_losses(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None = None) -> TargetLosses:
+def target_losses(
+    preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None = None
+) -> TargetLosses:
     """Compute the loss of every target, without synchronising with the device and without autograd.
 
     Args:
@@ -101,12 +114,11 @@ def target_losses(preds: Tensor, target: Tensor, options: LossOptions, class_wei
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(preds))
         if target.is_floating_point():
-            shape = _without(preds.shape, options.class_dim)
-            parts = _score_soft(preds, target, options, class_weight)
-        else:
-            shape = target.shape
-            parts = _score_hard(preds, target.reshape(-1).to(torch.int64), options, class_weight)
-        return TargetLosses(*(None if part is None else _as_sequences(part, shape) for part in parts))
+            return _score_soft(preds, target, options, class_weight).as_sequences(
+                _without(preds.shape, options.class_dim)
+            )
+        index = target.reshape(-1).to(torch.int64)
+        return _score_hard(preds, index, options, class_weight).as_sequences(target.shape)
 
 
 def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
@@ -128,7 +140,8 @@ def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight
             nll.mul_(norm[rows]).masked_fill_(norm[rows] == 0, 0.0)
         if smoothing:
             _weigh(log_probs, class_weight)
-            nll.mul_(1 - smoothing).sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
+            nll.mul_(1 - smoothing) if smoothing < 1 else nll.zero_()  # Not 0 * inf.
+            nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
         loss[rows] = nll
     return TargetLosses(loss, norm, ignored, out_of_range)
 
@@ -241,9 +254,13 @@ def check_tensors(preds: Tensor, target: Tensor, options: LossOptions, class_wei
         if value.layout != torch.strided:
             raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
     if preds.dtype not in _FLOATS:
-        raise TypeError(f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float().")
+        raise TypeError(
+            f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float()."
+        )
     if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long().")
+        raise TypeError(
+            f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long()."
+        )
     if preds.device != target.device:
         raise ValueError(
             f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."
@@ -258,6 +275,11 @@ def check_tensors(preds: Tensor, target: Tensor, options: LossOptions, class_wei
     num_classes = preds.shape[options.class_dim]
     if num_classes == 0:
         raise ValueError(f"`preds` must have at least one class, got shape {tuple(preds.shape)}; check `class_dim`.")
+    if class_weight is not None and class_weight.device != preds.device:
+        raise ValueError(
+            f"`class_weight` must be on the device of `preds`, {preds.device}, got {class_weight.device}; "
+            "move it, or the metric, with .to()."
+        )
     if class_weight is not None and class_weight.shape != (num_classes,):
         raise ValueError(
             f"`class_weight` must have one weight for each of the {num_classes} classes, got {class_weight.numel()}."
@@ -270,7 +292,8 @@ def _check_losses(preds: Tensor, target: Tensor) -> None:
         raise TypeError(f"`target` must hold integers with `input='losses'`, got {target.dtype}: it gives the mask.")
     if preds.shape != target.shape:
         raise ValueError(
-            f"`preds` must have target's shape with `input='losses'`, got {tuple(preds.shape)} and {tuple(target.shape)}; "
+            f"`preds` must have target's shape with `input='losses'`, got {tuple(preds.shape)} and "
+            f"{tuple(target.shape)}; "
             "compute them with reduction='none', or pass `input='logits'`."
         )
 
@@ -282,7 +305,8 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
         if target.shape == _without(preds.shape, class_dim):
             raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; convert it with .long().")
         raise ValueError(
-            f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape {tuple(preds.shape)}, "
+            f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape "
+            f"{tuple(preds.shape)}, "
             f"got {tuple(target.shape)}; pass class indices as integers."
         )
     expected = _without(preds.shape, class_dim)
@@ -312,11 +336,6 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"
-
-
-def _as_sequences(x: Tensor, shape: torch.Size) -> Tensor:
-    """View flat targets as (sequences, targets): a sequence is a row of `target`, or one target where it has no rows."""
-    return x.view(shape[0], -1) if len(shape) > 1 and x.numel() else x.view(-1, 1)
 
 
 def _without(shape: torch.Size, dim: int) -> torch.Size:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +24,10 @@ from xent_metrics.tally import Tally
 class _TallyMetric(Metric):
     """A tally with a reading; subclasses say which reading."""
 
-    higher_is_better: ClassVar[bool] = False
-    is_differentiable: ClassVar[bool] = False
-    full_state_update: ClassVar[bool] = False
-    plot_lower_bound: ClassVar[float] = 0.0
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class _TallyMetric(Metric):
 
         Raises:
             TypeError: If a dtype is not one of those named.
-            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor `ignore_index`,
-                or a weight is negative, infinite or NaN (elsewhere `compute` raises). The state is then as it was.
+            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor
+                `ignore_index`, or a weight is negative, infinite or NaN (elsewhere `compute` raises). The state is
+                then as it was.
         """
         try:
             batch = self._tally_batch(preds, target, weight)
@@ -125,7 +126,8 @@ class _TallyMetric(Metric):
         incoming = incoming_state.metric_state if isinstance(incoming_state, _TallyMetric) else incoming_state
         if isinstance(incoming, dict) and self._state_name not in incoming:
             raise ValueError(
-                f"`incoming_state` must come from a metric with the same options, {self.options} and equal class weights, "
+                f"`incoming_state` must come from a metric with the same options, {self.options} and equal "
+                "class weights, "
                 f"got {incoming_state!r}; merge metrics whose updates are configured alike."
             )
         super().merge_state(incoming_state)
@@ -170,16 +172,16 @@ class _TallyMetric(Metric):
 class CrossEntropy(_TallyMetric):
     """Cross-entropy of a model's distribution and the targets, over all the data at once.
 
-    `H = sum(weight * loss) / sum(weight)` with `loss = -log q[target]`, the value of `F.cross_entropy` on all batches of
-    all ranks concatenated. The mean of batch means, which loops usually log, is another number as soon as batches
-    differ in their number of targets.
+    `H = sum(weight * loss) / sum(weight)` with `loss = -log q[target]`, the value of `F.cross_entropy` on all
+    batches of all ranks concatenated. The mean of batch means, which loops usually log, is another number as soon as
+    batches differ in their number of targets.
 
     Sums are exact integers, so the value is the same to the last bit for any batch size, order or number of
     ranks, given the same losses.
 
     Args:
-        input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"` (not renormalised), or `"losses"`: per-target losses
-            in nats of target's shape, which a training step has anyway; `target` then gives mask and sequences.
+        input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"` (not renormalised), or `"losses"`: per-target
+            losses in nats of target's shape, which a training step has anyway; `target` then gives mask and sequences.
         class_dim: The dimension of `preds` that counts classes; 1 for PyTorch's `(N, C, ...)`.
         class_weight: A weight for each class, as `weight` in `F.cross_entropy`: the denominator is the sum of
             `class_weight[target] * weight` for class indices, of `weight` for soft targets.
@@ -192,8 +194,8 @@ class CrossEntropy(_TallyMetric):
         **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`.
 
     Shapes:
-        `preds`: `(..., K)` for `class_dim=-1`; `target`: `(...)`, or `(..., K)` for soft targets; `weight`: broadcastable
-        to `(...)`. In soft targets `0 * log 0` is 0, where `F.cross_entropy` gives NaN.
+        `preds`: `(..., K)` for `class_dim=-1`; `target`: `(...)`, or `(..., K)` for soft targets; `weight`:
+        broadcastable to `(...)`. In soft targets `0 * log 0` is 0, where `F.cross_entropy` gives NaN.
 
     Returns:
         A float64 scalar (float32 where the device has no float64), in `unit`. NaN without targets.
@@ -242,7 +244,7 @@ class BitsPerToken(_TallyMetric):
     >>> metric = BitsPerToken()
     >>> metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
     >>> metric.compute()  # log2(8): uniform over 8
-    tensor(3., dtype=torch.float64)
+    tensor(3.0000, dtype=torch.float64)
     """
 
     def __init__(
@@ -277,7 +279,7 @@ class Perplexity(_TallyMetric):
     tensor(8.0000, dtype=torch.float64)
     """
 
-    plot_lower_bound: ClassVar[float] = 1.0
+    plot_lower_bound = 1.0
 
     def __init__(
         self,
@@ -313,9 +315,10 @@ class CrossEntropyReport(_TallyMetric):
     Returns:
         A dict of scalar tensors: `cross_entropy` (nats), `bits_per_token`, `perplexity`, `cross_entropy_stderr`,
         `cross_entropy_lower`, `cross_entropy_upper`, `perplexity_lower`, `perplexity_upper`; and as int64 `num_tokens`
-        (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`. Without targets the floats are NaN and
-        the counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not finite, where
-        weights are too small to square (below some 1e-9 on average), and where a sequence sums to `2**26` nats or weight.
+        (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`. Without targets the floats are
+        NaN and the counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not
+        finite, where weights are too small to square (below some 1e-9 on average), and where a sequence sums to
+        `2**26` nats or weight.
 
     >>> metric = CrossEntropyReport()
     >>> metric.update(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [3, 4, -100]]))

@@ -17,7 +17,6 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
 from xent_metrics.exact import FRACTION_BITS, widest_float
@@ -52,7 +51,8 @@ def check_valid(totals: Totals) -> None:
     """Raise if a target or a weight was seen that no reading can be trusted with."""
     if totals.out_of_range:
         raise ValueError(
-            f"`target` must hold class indices in [0, number of classes), but {totals.out_of_range} targets were outside; "
+            f"`target` must hold class indices in [0, number of classes), but {totals.out_of_range} "
+            "targets were outside; "
             "map them to `ignore_index`, or mask them with `weight`, then call reset(): this repeats until then."
         )
     if totals.invalid_weight:
@@ -82,7 +82,8 @@ class ExactReading:
         if totals.nonfinite and self.nan_policy == "raise":
             raise ValueError(
                 f"`nan_policy='raise'` allows finite losses only, but of {totals.scored} losses {totals.nan} were NaN, "
-                f"{totals.positive_infinite} infinite and {totals.negative_infinite} minus infinite; look for the cause, "
+                f"{totals.positive_infinite} infinite and {totals.negative_infinite} minus infinite; look "
+                "for the cause, "
                 "or pass nan_policy='omit' to leave them out."
             )
 
@@ -116,9 +117,9 @@ class ExactReading:
     def cross_entropy_stderr(self) -> float:
         """Standard error of the cross-entropy, clustered by sequence; NaN for fewer than two sequences.
 
-        The ratio estimator: `se^2 = C / (C - 1) * sum((S_c - m * W_c)^2) / W^2` over C sequences of loss S_c and weight W_c,
-        with m = S / W (Cochran, Sampling Techniques, 3rd ed., section 2.11). Expanding the square would cancel
-        in floating point; here its terms are integers.
+        The ratio estimator: `se^2 = C / (C - 1) * sum((S_c - m * W_c)^2) / W^2` over C sequences of loss S_c and
+        weight W_c, with m = S / W (Cochran, Sampling Techniques, 3rd ed., section 2.11). Expanding the square would
+        cancel in floating point; here its terms are integers.
         """
         totals, mean = self.totals, self.mean
         count = totals.sequences
@@ -212,7 +213,7 @@ class DeviceReading:
 
     @cached_property
     def cross_entropy_stderr(self) -> Tensor:
-        """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floating point, some 1e-8 nats off."""
+        """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
         mean, sums = self.cross_entropy, self._sums
         count = self.tally.count_on_device("sequences")
         squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]

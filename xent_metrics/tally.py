@@ -17,7 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.exact import FRACTION_BITS, LIMB_BITS, LIMB_MASK, LIMIT, NUM_LIMBS, carry, split, to_float, to_int, widest_float
+from xent_metrics.exact import (
+    FRACTION_BITS,
+    LIMB_BITS,
+    LIMB_MASK,
+    LIMIT,
+    NUM_LIMBS,
+    carry,
+    split,
+    to_float,
+    to_int,
+    widest_float,
+)
 from xent_metrics.losses import TargetLosses
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
@@ -79,8 +90,8 @@ class Tally:
     def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device."""
         values = to_float(self.state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS), dtype)
-        first, products = values[:2] * 2.0**-FRACTION_BITS, values[2:] * 2.0 ** (-2 * SEQUENCE_BITS)
-        return dict(zip(SUMS, (*first.unbind(), *products.unbind()), strict=True))
+        products = values[2:] * 2.0 ** (FRACTION_BITS - 2 * SEQUENCE_BITS)
+        return dict(zip(SUMS, (*values[:2].unbind(), *products.unbind()), strict=True))
 
     def count_on_device(self, name: str) -> Tensor:
         """Return one of `COUNTS`, without leaving the device."""
@@ -163,7 +174,8 @@ def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
         part, part_counts = _sum_targets(losses.at(block), None if weight is None else weight[block])
         sums = part if sums is None else sums + part
         counts = part_counts if counts is None else counts + part_counts
-    assert sums is not None and counts is not None
+    assert sums is not None
+    assert counts is not None
     products, sequence_counts = _multiply_sequences(sums, length)
     return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
 
@@ -228,8 +240,7 @@ def _multiply_sequences(sums: Tensor, length: int) -> tuple[Tensor, Tensor]:
     digits = torch.stack([(fixed - low) >> LIMB_BITS, low])
     products = digits[:, :, None, None] * digits  # (digit, S or W, digit, S or W, sequences)
     columns = []
-    for part in (products >> LIMB_BITS, products & LIMB_MASK):
-        part = part.sum(-1)
+    for part in ((products >> LIMB_BITS).sum(-1), (products & LIMB_MASK).sum(-1)):
         columns.append((part[0, :, 0], part[0, :, 1] + part[1, :, 0], part[1, :, 1]))
     upper, lower = columns
     limbs = [torch.zeros_like(upper[0]), upper[0], lower[0] + upper[1], lower[1] + upper[2], lower[2]]
