@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from xent_metrics.exact import widest_float
-from xent_metrics.losses import Input, LossOptions, check_class_weight, describe, target_losses
+from xent_metrics.losses import (
+    Input,
+    LossOptions,
+    TargetLosses,
+    check_class_weight,
+    describe,
+    raises_now,
+    target_losses,
+)
 from xent_metrics.readings import DeviceReading, ExactReading, NanPolicy, Unit, check_reading, check_unit
-from xent_metrics.tally import Tally, tally_losses
+from xent_metrics.tally import WEIGHT_LIMIT, Tally, tally_losses
 
 
 def cross_entropy(
@@ -111,8 +119,8 @@ def per_target_losses(
     options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps)
     check_class_weight(class_weight, options)
     losses = target_losses(preds, target, options, class_weight)
-    if raises_now(losses.loss) and bool(losses.out_of_range.any()):
-        raise ValueError(_out_of_range_message(preds, target, options, int(losses.out_of_range.sum())))
+    if raises_now(losses.loss):
+        _raise_invalid(preds, target, losses, None, options)
     loss = losses.loss.masked_fill(losses.ignored, 0.0).masked_fill(losses.out_of_range, math.nan)
     return loss.reshape(_target_shape(target, options))
 
@@ -148,18 +156,9 @@ def tally_batch(
         losses = target_losses(preds, target, options, class_weight)
         if weight is not None:
             weight = _as_weight(weight, _target_shape(target, options), losses.loss)
-        batch = tally_losses(losses, weight)
-    if raises_now(batch.state):
-        _raise_invalid(batch, preds, target, weight, options)
-    return batch
-
-
-def raises_now(values: Tensor) -> bool:
-    """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
-
-    Looking at a value on an accelerator would stall it, and compiled code cannot raise.
-    """
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+        if raises_now(losses.loss):
+            _raise_invalid(preds, target, losses, weight, options)
+        return tally_losses(losses, weight)
 
 
 def _read(
@@ -207,31 +206,24 @@ def _as_weight(weight: Tensor, shape: torch.Size, loss: Tensor) -> Tensor:
     return weight.expand(shape).reshape(loss.shape)
 
 
-def _raise_invalid(batch: Tally, preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> None:
-    """Raise if the batch held a target out of range or an invalid weight."""
-    out_of_range, invalid_weight = (int(batch.count_on_device(name)) for name in ("out_of_range", "invalid_weight"))
-    if out_of_range:
-        raise ValueError(_out_of_range_message(preds, target, options, out_of_range))
-    if invalid_weight:
-        assert weight is not None
-        example = weight[~((weight >= 0) & (weight < 2.0**47))][0].item()
+def _raise_invalid(
+    preds: Tensor, target: Tensor, losses: TargetLosses, weight: Tensor | None, options: LossOptions
+) -> None:
+    """Raise if a target that would be scored is out of range or has an invalid weight, and show one."""
+    looked_at = ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
+    outside = losses.out_of_range & looked_at
+    if outside.any():
+        example = target.reshape(-1)[outside.view(-1)][0].item()
+        fix = f"pass ignore_index={example} if it marks targets to leave out"
         raise ValueError(
-            "`weight` must hold finite numbers that are not negative (and below 2**47), got "
-            f"{invalid_weight} that are not, "
-            f"such as {example}; use 0 or False for targets that are not to be scored."
+            f"`target` must hold class indices in [0, {preds.shape[options.class_dim]}) or ignore_index="
+            f"{options.ignore_index}, got {int(outside.sum())} that are neither, such as {example}; "
+            f"{fix if example < 0 else 'check the vocabulary size'}."
         )
-
-
-def _out_of_range_message(preds: Tensor, target: Tensor, options: LossOptions, count: int) -> str:
-    num_classes = preds.shape[options.class_dim]
-    outside = (target < 0) | (target >= num_classes)
-    if options.ignore_index is not None:
-        outside = outside & (target != options.ignore_index)
-    example = target[outside][0].item()
-    fix = (
-        f"pass ignore_index={example} if it marks targets to leave out" if example < 0 else "check the vocabulary size"
-    )
-    return (
-        f"`target` must hold class indices in [0, {num_classes}) or ignore_index={options.ignore_index}, got {count} "
-        f"that are neither, such as {example}; {fix}."
-    )
+    if weight is not None and weight.dtype != torch.bool:
+        invalid = weight[looked_at & ~((weight > 0) & (weight < WEIGHT_LIMIT))]
+        if invalid.numel():
+            raise ValueError(
+                f"`weight` must hold finite numbers that are not negative (and below 2**47), got {invalid.numel()} "
+                f"that are not, such as {invalid[0].item()}; use 0 or False for targets that are not to be scored."
+            )

@@ -53,6 +53,7 @@ class LossOptions:
                 raise TypeError(f"`{name}` must be an integer, got {value!r}.")
         if not _is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"`label_smoothing` must be a number in [0, 1], got {self.label_smoothing!r}.")
+        object.__setattr__(self, "label_smoothing", float(self.label_smoothing))  # 0 and 0.0 are one option.
         if self.eps is not None and (not _is_number(self.eps) or not 0.0 < self.eps < 0.5):
             raise ValueError(f"`eps` must be None or a number in (0, 0.5), got {self.eps!r}.")
         if self.eps is not None and self.input != "probs":
@@ -226,6 +227,14 @@ def compute_dtype(preds: Tensor) -> torch.dtype:
     return torch.float64 if preds.dtype == torch.float64 else torch.float32
 
 
+def raises_now(values: Tensor) -> bool:
+    """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
+
+    Looking at a value on an accelerator would stall it, and compiled code cannot raise.
+    """
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_class_weight(class_weight: Tensor | None, options: LossOptions) -> None:
     """Raise unless `class_weight` is None or a vector of finite weights that are not negative."""
     if class_weight is None:
@@ -236,6 +245,8 @@ def check_class_weight(class_weight: Tensor | None, options: LossOptions) -> Non
         raise TypeError(
             f"`class_weight` must be a 1-D float tensor with a weight for each class, got {describe(class_weight)}."
         )
+    if not raises_now(class_weight):
+        return
     bad = class_weight[~((class_weight >= 0) & (class_weight < 2.0**47))]
     if bad.numel():
         raise ValueError(

@@ -41,7 +41,7 @@ class _TallyMetric(Metric):
         check_reading(nan_policy, confidence)
         check_class_weight(class_weight, options)
         self.options = options
-        self.class_weight = class_weight
+        self.class_weight = None if class_weight is None else class_weight.detach().clone()
         self.nan_policy = nan_policy
         self.confidence = confidence
         # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
@@ -151,17 +151,16 @@ class _TallyMetric(Metric):
         moved: dict[str, Tensor] = {}
         for kind, dtype in ((float, widest_float(self.device)), (int, torch.int64)):
             names = [name for name, value in values.items() if isinstance(value, kind)]
-            numbers = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
-            moved.update(zip(names, numbers.unbind(), strict=True))
+            if names:  # None where the reading is on the device already.
+                numbers = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
+                moved.update(zip(names, numbers.unbind(), strict=True))
         return {name: moved.get(name, value) for name, value in values.items()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
         """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights."""
 
         def move(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
-                return fn(x)
-            return x.to(fn(x.new_empty(0, dtype=torch.int64)).device)
+            return x.to(fn(x.new_empty(0)).device)
 
         moved = super()._apply(move, exclude_state)
         if self.class_weight is not None:

@@ -54,7 +54,7 @@ _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
 
 WEIGHT_LIMIT = 2.0**47
-"""Weights are below this, so that the product of a class weight and a target's weight fits the limbs."""
+"""A target's weight, or its product with the class weight, is below this, and with room to spare in the limbs."""
 
 
 @dataclass(frozen=True)
@@ -187,23 +187,22 @@ def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, T
         Limbs of loss and weight, of shape (limbs, 2, sequences), and the first seven of `COUNTS`.
     """
     loss, norm, ignored, out_of_range = losses
-    skipped = ignored | out_of_range
-    invalid = None
     if weight is not None:
         ignored = ignored | (weight == 0)
         out_of_range = out_of_range & ~ignored
-        skipped = ignored | out_of_range
         if weight.dtype != torch.bool:
-            # Not `weight < 0`: a NaN compares false with everything, and so ends up here too.
-            invalid = ~(skipped | (weight > 0) & (weight < WEIGHT_LIMIT))
-            skipped = skipped | invalid
             loss = loss * weight
             norm = weight if norm is None else norm * weight
+    skipped = ignored | out_of_range
+    invalid = torch.zeros_like(skipped)
+    if norm is not None:
+        # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
+        invalid = ~(skipped | (norm >= 0) & (norm < WEIGHT_LIMIT))
+        skipped = skipped | invalid
     loss = loss.masked_fill(skipped, 0.0)
     positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
     left_out = skipped | positive | negative | nan
     sums = torch.stack([split(loss.masked_fill(left_out, 0.0)).sum(-1), _sum_weights(norm, left_out)], 1)
-    invalid = torch.zeros_like(skipped) if invalid is None else invalid
     masks = torch.stack([~skipped, ignored, out_of_range, invalid, positive, negative, nan])
     return sums, masks.sum((-2, -1))
 

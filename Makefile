@@ -1,0 +1,50 @@
+# Each verb sets up its own environment in .venv; all it needs is Python 3.10 or newer with venv.
+PYTHON ?= python3
+DEMO ?= examples/char_lm/main.py fit --config configs/char_lm.yaml
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+# An environment whose interpreter no longer starts is not ready.
+$(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types format clean
+
+help:  ## show this help
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## train the character-level language model
+	$(BIN)/python $(DEMO)
+
+test: $(READY)  ## run all tests and doctests (PYTEST_ARGS='-k tally -n 4' passes options on)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style and formatting
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+
+types: $(READY)  ## check types, strictly
+	$(BIN)/python -m mypy
+
+format: $(READY)  ## format, and fix what can be fixed
+	$(BIN)/python -m ruff format
+	$(BIN)/python -m ruff check --fix
+
+clean:  ## remove the environment and the tools' caches
+	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+# The stamp goes first and comes back last, so an interrupted set-up starts afresh. The first pip knows no `--group`;
+# torch comes before whatever depends on it, so that nothing else chooses its build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=...")'
+	@echo "Setting up $(VENV), which takes some minutes the first time"
+	$(PYTHON) -m venv $(if $(wildcard $(READY)),,--clear) $(VENV)
+	@rm -f $@
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
+	@touch $@

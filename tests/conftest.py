@@ -1,0 +1,72 @@
+"""What every test starts from, and two instruments to look at what the library asks of PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed() -> Iterator[None]:
+    """Run every test on one thread with the same random numbers, in whatever order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(20)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Operators(TorchDispatchMode):
+    """Records each operator that PyTorch runs, and the types of device that its tensors are on."""
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.devices: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record, and run."""
+        result = func(*args, **(kwargs or {}))
+        self.counts[str(func)] += 1
+        self.devices |= {x.device.type for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        return result
+
+    def count(self, part: str) -> int:
+        """Return how many operators ran whose name contains this."""
+        return sum(number for name, number in self.counts.items() if part in name)
+
+
+@pytest.fixture(name="operators")
+def _operators() -> Operators:
+    """Record operators, where a test says `with operators:`."""
+    return Operators()
+
+
+@pytest.fixture(name="peak_bytes")
+def _peak_bytes(tmp_path: Path) -> Callable[[Callable[[], object]], int]:
+    """Measure the most memory that a call holds beyond what it found, temporaries inside operators included."""
+
+    def measure(call: Callable[[], object]) -> int:
+        call()  # The first call of an operator may fill caches of its own.
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        trace = tmp_path / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        held, peak = 0, 0
+        for event in json.loads(trace.read_text())["traceEvents"]:
+            if event["name"] == "[memory]":
+                held += event["args"]["Bytes"]
+                peak = max(peak, held)
+        return peak
+
+    return measure

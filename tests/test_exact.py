@@ -1,0 +1,134 @@
+"""Floats to integers and back, judged by rational arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tests.strategies import UNIT, finite_losses, relaxed
+from xent_metrics.exact import LIMIT, carry, split, to_float, to_int
+
+BELOW_LIMIT = {torch.float32: LIMIT - 2.0**70, torch.float64: math.nextafter(LIMIT, 0.0)}
+HALF = 2.0**-65
+
+
+def split_sum(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+    """Sum the limbs of a list of floats, not carried."""
+    return split(torch.tensor(values, dtype=dtype)).sum(-1)
+
+
+@relaxed
+@given(finite_losses(torch.float32))
+@example(BELOW_LIMIT[torch.float32])
+@example(-BELOW_LIMIT[torch.float32])
+@example(2.0**-149)
+@example(3 * HALF)
+def test_split_float32(x: float) -> None:
+    """The limbs of a float32 stand for `round(x * 2**64)`, ties to even."""
+    assert to_int(split_sum([x], torch.float32).tolist()) == round(Fraction(x) * UNIT)
+
+
+@relaxed
+@given(finite_losses(torch.float64))
+@example(BELOW_LIMIT[torch.float64])
+@example(-BELOW_LIMIT[torch.float64])
+@example(math.nextafter(HALF, 1))
+@example(math.nextafter(2.0**-32, 0))
+@example(5e-324)
+def test_split_float64(x: float) -> None:
+    """The limbs of a float64 stand for `round(x * 2**64)`, ties to even."""
+    assert to_int(split_sum([x], torch.float64).tolist()) == round(Fraction(x) * UNIT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_split_many(dtype: torch.dtype) -> None:
+    """The law holds for 20,000 random floats of all magnitudes at once, one after the other and as a sum."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, generator=generator, dtype=torch.float64)
+    x = (x * 2.0 ** torch.randint(-80, 91, x.shape, generator=generator)).clamp(-(2.0**93), 2.0**93).to(dtype)
+    limbs = split(x)
+
+    expected = [round(Fraction(value) * UNIT) for value in x.tolist()]
+
+    assert [to_int(column) for column in limbs.T.tolist()] == expected
+    assert to_int(limbs.sum(-1).tolist()) == sum(expected)
+
+
+@pytest.mark.parametrize("halves", range(-7, 9, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_split_rounds_half_to_even(halves: int, dtype: torch.dtype) -> None:
+    """A float halfway between two units goes to the even one, for either sign."""
+    assert to_int(split_sum([halves * HALF], dtype).tolist()) == round(Fraction(halves, 2))
+
+
+@relaxed
+@given(st.lists(finite_losses(torch.float64), min_size=1, max_size=6), st.data())
+def test_carry_is_canonical(values: list[float], data: st.DataObject) -> None:
+    """Carried limbs depend on the total alone: not on the order, nor on what was carried before."""
+    limbs = carry(split_sum(values, torch.float64))
+    cut = data.draw(st.integers(0, len(values)))
+    shuffled = data.draw(st.permutations(values))
+    parts = carry(split_sum(shuffled[:cut], torch.float64)) + split_sum(shuffled[cut:], torch.float64)
+
+    assert to_int(limbs.tolist()) == sum(round(Fraction(x) * UNIT) for x in values)
+    assert torch.equal(carry(parts), limbs)
+    assert torch.equal(carry(limbs), limbs)
+    assert torch.equal(carry(torch.stack([parts, parts])), torch.stack([limbs, limbs]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("x", "dtype"),
+    [
+        (BELOW_LIMIT[torch.float32], torch.float32),
+        (BELOW_LIMIT[torch.float64], torch.float64),
+        *((math.nextafter(2.0**power, 0), torch.float64) for power in (64, 32, 0, -32, -63)),
+    ],
+)
+def test_values_before_a_carry(x: float, dtype: torch.dtype, sign: int) -> None:
+    """Limbs of fewer than `2**31` values fit, however full: every bit set below a power that starts a limb."""
+    limbs = carry(split_sum([sign * x], dtype) * (2**31 - 1))
+
+    assert to_int(limbs.tolist()) == sign * round(Fraction(x) * UNIT) * (2**31 - 1)
+
+
+def test_full_limbs_before_a_carry() -> None:
+    """`2**31` values fit when every limb below the top one is as full as a value can make it."""
+    full = sum(split_sum([math.nextafter(2.0**power, 0)], torch.float64) for power in (64, 32, 0))
+    full = full.clamp(max=2**32 - 1)
+
+    assert to_int(carry(full * 2**31).tolist()) == to_int(full.tolist()) * 2**31
+
+
+@pytest.mark.parametrize("total", [-1, 2**125 - 1, -(2**125), 2**160 - 1, -(2**160)])
+def test_carried_sums_before_the_next_carry(total: int) -> None:
+    """`2**31` carried sums can be added before the next carry, even if every digit is as large as a digit can be."""
+    one = carry(split_sum([2.0**-64], torch.float64))
+    limbs = one * 0
+    for bit in reversed(range(abs(total).bit_length())):  # Horner's rule, by doubling.
+        limbs = carry(2 * limbs + one * (abs(total) >> bit & 1))
+    limbs = carry(limbs if total > 0 else -limbs)
+
+    assert to_int(limbs.tolist()) == total
+    assert to_int(carry(limbs * 2**31).tolist()) == total * 2**31
+
+
+@relaxed
+@given(st.lists(finite_losses(torch.float64), min_size=1, max_size=4))
+@example([2.0**93, -1.0])
+@example([-(2.0**-64)])
+def test_to_float(values: list[float]) -> None:
+    """Limbs, carried or not, read as floats to some rounding errors, small negative totals included."""
+    limbs = split_sum(values, torch.float64)
+    expected = Fraction(to_int(limbs.tolist()), 2**64)
+
+    for dtype, relative in ((torch.float64, 2.0**-50), (torch.float32, 2.0**-21)):
+        for form in (carry(limbs), limbs) if abs(expected) < torch.finfo(dtype).max / 2 else ():
+            actual = to_float(form, dtype)
+            assert actual.dtype == dtype
+            assert abs(Fraction(actual.item()) - expected) <= abs(expected) * Fraction(relative)
