@@ -97,12 +97,12 @@ def test_values_before_a_carry(x: float, dtype: torch.dtype, sign: int) -> None:
     assert to_int(limbs.tolist()) == sign * round(Fraction(x) * UNIT) * (2**31 - 1)
 
 
-def test_full_limbs_before_a_carry() -> None:
-    """`2**31` values fit when every limb below the top one is as full as a value can make it."""
-    full = sum(split_sum([math.nextafter(2.0**power, 0)], torch.float64) for power in (64, 32, 0))
-    full = full.clamp(max=2**32 - 1)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_full_limbs_before_a_carry(sign: int) -> None:
+    """Fewer than `2**31` values fit even if every limb of each is the largest that a limb can be, `2**32`."""
+    limbs = torch.full_like(split_sum([0.0], torch.float64), sign * 2**32) * (2**31 - 1)
 
-    assert to_int(carry(full * 2**31).tolist()) == to_int(full.tolist()) * 2**31
+    assert to_int(carry(limbs).tolist()) == to_int(limbs.tolist())
 
 
 @pytest.mark.parametrize("total", [-1, 2**125 - 1, -(2**125), 2**160 - 1, -(2**160)])

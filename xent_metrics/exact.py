@@ -44,7 +44,6 @@ def split(x: Tensor) -> Tensor:
     """
     top = (x * 2.0**-64).trunc()
     limbs = [top]
-    # What is left is below 2**64. Scaling before the subtraction could make a tiny float32 subnormal.
     x = torch.sub(x, top, alpha=2.0**64) * 2.0**-32
     for _ in range(3):
         whole = x.trunc()

@@ -69,7 +69,8 @@ class _TallyMetric(Metric):
             target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
                 targets, floats of `preds`' shape.
             weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
-                (for soft targets, to that without the class dimension).
+                (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
+                them well above it: what is below some 1e-12 has few bits left.
 
         Raises:
             TypeError: If a dtype is not one of those named.
@@ -125,10 +126,10 @@ class _TallyMetric(Metric):
         """Add the tally of another metric that is configured alike."""
         incoming = incoming_state.metric_state if isinstance(incoming_state, _TallyMetric) else incoming_state
         if isinstance(incoming, dict) and self._state_name not in incoming:
+            other = incoming_state.options if isinstance(incoming_state, _TallyMetric) else list(incoming)
             raise ValueError(
-                f"`incoming_state` must come from a metric with the same options, {self.options} and equal "
-                "class weights, "
-                f"got {incoming_state!r}; merge metrics whose updates are configured alike."
+                "`incoming_state` must come from a metric with the same options and class weights, here "
+                f"{self.options}, got {other}; merge metrics whose updates are configured alike."
             )
         super().merge_state(incoming_state)
         self.tally = Tally.zero(self.device) + self.tally

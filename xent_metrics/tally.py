@@ -54,10 +54,10 @@ _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
 
 WEIGHT_LIMIT = 2.0**47
-"""A target's weight, or its product with the class weight, is below this, and with room to spare in the limbs."""
+"""Weights of targets and of classes are below this, so that their product fits the limbs."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Tensors have no single truth; compare `totals()`.
 class Tally:
     """Exact sums and counts over any number of targets.
 
@@ -197,7 +197,10 @@ def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, T
     invalid = torch.zeros_like(skipped)
     if norm is not None:
         # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
-        invalid = ~(skipped | (norm >= 0) & (norm < WEIGHT_LIMIT))
+        valid = (norm >= 0) & (norm < LIMIT)
+        if weight is not None and weight.dtype != torch.bool:
+            valid = valid & (weight < WEIGHT_LIMIT)
+        invalid = ~(skipped | valid)
         skipped = skipped | invalid
     loss = loss.masked_fill(skipped, 0.0)
     positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
