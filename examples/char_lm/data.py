@@ -54,7 +54,8 @@ class Corpus:
 
 def read_topics() -> Corpus:
     """Return the help texts of this Python: prose with some code. They differ between versions of Python."""
-    from pydoc_data.topics import topics  # noqa: PLC0415: some small distributions of Python leave it out
+    # Imported here, since some small distributions of Python leave it out.
+    from pydoc_data.topics import topics  # noqa: PLC0415
 
     documents = [topics[name] for name in sorted(topics)]
     return Corpus(

@@ -61,7 +61,7 @@ def describe(data: CharData, model: CharModel, trainer: Trainer, seconds: float)
         (
             f"Text      {corpus.source}, sha256 {corpus.sha256}",
             f"Training  {num_train:,} characters",
-            f"Held out  {corpus.split}: {num_validation:,} characters, each scored once, in rows of up to {data.window}",
+            f"Held out  {corpus.split}: {num_validation:,} characters, each scored once, rows of up to {data.window}",
             f"Model     {num_parameters:,} parameters, {trainer.global_step:,} steps in {seconds:.0f} s",
             f"Threads   {torch.get_num_threads()}",
         )
