@@ -1,11 +1,17 @@
 """The example: its text, its model, its configurations, and the numbers that it prints."""
 
 import hashlib
+import json
 import math
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -27,6 +33,29 @@ def run_cli(tmp_path: Path, *arguments: str, check: bool = True) -> subprocess.C
     """Run the script as a user would, from another folder."""
     command = [sys.executable, str(EXAMPLE / "main.py"), "fit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=check, cwd=tmp_path)
+
+
+@contextmanager
+def serve(logdir: Path) -> Iterator[str]:
+    """Serve event files with TensorBoard, on a free port of its choice."""
+    options = ["--logdir", str(logdir), "--port", "0", "--load_fast", "false"]
+    command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", *options]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        try:
+            yield next(match[0] for line in server.stderr if (match := re.search(r"http://\S+:\d+/", line)))
+        finally:
+            server.terminate()
+
+
+def fetch(url: str) -> Any:
+    """Ask TensorBoard, until it has read the files."""
+    for _ in range(100):
+        with urlopen(url) as answer:
+            if found := json.load(answer):
+                return found
+        time.sleep(0.2)
+    raise TimeoutError(f"TensorBoard has nothing at {url}")
 
 
 def config(name: str) -> str:
@@ -134,7 +163,7 @@ def test_a_misspelt_option_is_refused(tmp_path) -> None:
 
 
 def test_the_numbers_printed_are_those_in_the_event_files(tmp_path) -> None:
-    """The smoke configuration trains, prints a table, and logs what it prints."""
+    """The smoke configuration trains, prints a table, and logs what it prints; TensorBoard serves it."""
     out = run_cli(tmp_path, config("char_lm"), config("smoke")).stdout
     events = EventAccumulator(str(next(tmp_path.glob("runs/char_lm/smoke/*"))), size_guidance={"scalars": 0}).Reload()
     logged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -151,3 +180,9 @@ def test_the_numbers_printed_are_those_in_the_event_files(tmp_path) -> None:
     for reading in ("cross_entropy", "bits_per_token", "perplexity"):
         assert {f"train/{reading}", f"train/{reading}_epoch", f"val/{reading}"} <= set(logged)
         assert len(logged[f"train/{reading}"]) == 8
+    with serve(tmp_path / "runs") as url:
+        (run, tags), *others = fetch(f"{url}data/plugin/scalars/tags").items()
+        assert not others
+        assert set(logged) == set(tags)
+        points = fetch(f"{url}data/plugin/scalars/scalars?run={run}&tag=val/bits_per_token")
+    assert [value for _, _, value in points] == logged["val/bits_per_token"]
