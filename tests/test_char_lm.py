@@ -148,6 +148,31 @@ def test_wrong_data_arguments_are_named(arguments, error) -> None:
         CharData(**arguments)
 
 
+def test_a_python_without_help_texts_reads_the_names(monkeypatch) -> None:
+    """The fallback says what is missing and what is read instead."""
+    from data import CharData  # noqa: PLC0415
+
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)  # An import of it then fails.
+    with pytest.warns(UserWarning, match="no `pydoc_data.topics`, so `text='names'` is read"):
+        data = CharData("topics")
+    assert data.corpus.source == "unicodedata.ucd_3_2_0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"width": 20}, "`width` must be a multiple of twice `num_heads`, got 20 and 4"),
+        ({"warmup": 1.0}, r"`warmup` must be a share in \[0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_model_arguments_are_named(arguments, error) -> None:
+    """The error names the argument, the rule and the value."""
+    from model import CharModel  # noqa: PLC0415
+
+    with pytest.raises(ValueError, match=error):
+        CharModel(vocab_size=11, **arguments)
+
+
 @pytest.mark.parametrize("names", [["char_lm"], ["char_lm", "names"], ["char_lm", "smoke"]])
 def test_every_configuration_parses(tmp_path, names) -> None:
     """A configuration that the command line would refuse does not get in."""

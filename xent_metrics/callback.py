@@ -80,7 +80,9 @@ class CrossEntropyMonitor(Callback):
     Raises:
         ValueError: In a step's hook, if the step returned none of the forms.
 
-    >>> trainer = Trainer(callbacks=[CrossEntropyMonitor()])  # doctest: +SKIP
+    Example::
+
+        Trainer(callbacks=[CrossEntropyMonitor(), EarlyStopping("val/cross_entropy")])
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 from data import CharData
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from model import CharModel
 from torch import Tensor
 
@@ -110,6 +111,8 @@ def sample(data: CharData, model: CharModel, num_characters: int = 500, seed: in
 
 def tensorboard_command(trainer: Trainer) -> str:
     """Return the command that shows the curves."""
+    if not isinstance(trainer.logger, TensorBoardLogger):
+        return "The curves: not in TensorBoard, as the trainer has no TensorBoardLogger"
     beside_python = Path(sys.executable).with_name("tensorboard")
     command = os.path.relpath(beside_python) if beside_python.exists() else "tensorboard"
     return f"The curves: {command} --logdir {os.path.relpath(trainer.logger.save_dir)}"
