@@ -186,11 +186,17 @@ def _log_prob_blocks(
     buffers = torch.empty(len(tensors), num_rows, num_classes, dtype=dtype, device=preds.device)
     for rows, parts in _row_blocks(tensors, max_rows):
         count = rows.stop - rows.start
-        for part, buffer in zip(parts, buffers, strict=True):
-            buffer[:count].view(part.shape).copy_(part)
         filled = buffers[0, :count]
+        source = parts[0]
+        if options.input == "logits" and source.dtype == dtype and source.is_contiguous():
+            source = source.view(filled.shape)  # The kernel can read these where they are.
+        else:
+            filled.view(source.shape).copy_(source)
+            source = filled
+        if target is not None:
+            buffers[1, :count].view(parts[1].shape).copy_(parts[1])
         if options.input == "logits":
-            torch.log_softmax(filled, 1, out=filled)
+            torch.log_softmax(source, 1, out=filled)
         elif options.input == "probs":
             if options.eps is not None:
                 filled.clamp_(options.eps, 1 - options.eps)
