@@ -324,3 +324,10 @@ def test_result_is_a_float64_scalar() -> None:
         for function in ALL:
             value = function(preds, target)
             assert (value.dtype, value.shape, value.requires_grad) == (torch.float64, (), False)
+
+
+@pytest.mark.parametrize("function", [functional.tally, functional.per_target_losses, functional.perplexity])
+def test_anything_but_a_tensor_is_refused(function) -> None:
+    """A list is told how to become a tensor, by every function."""
+    with pytest.raises(TypeError, match="`preds` must be a tensor, got list"):
+        function([[0.5, 0.5]], torch.tensor([0]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xent_metrics.exact import widest_float
 from xent_metrics.losses import (
+    WEIGHT_LIMIT,
     Input,
     LossOptions,
     TargetLosses,
@@ -20,9 +21,10 @@ from xent_metrics.losses import (
     describe,
     raises_now,
     target_losses,
+    without,
 )
 from xent_metrics.readings import DeviceReading, ExactReading, NanPolicy, Unit, check_reading, check_unit
-from xent_metrics.tally import WEIGHT_LIMIT, Tally, tally_losses
+from xent_metrics.tally import Tally, tally_losses
 
 
 def cross_entropy(
@@ -145,7 +147,8 @@ def tally(
     """
     options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps)
     check_class_weight(class_weight, options)
-    return Tally.zero(preds.device) + tally_batch(preds, target, weight, options, class_weight)
+    batch = tally_batch(preds, target, weight, options, class_weight)
+    return Tally.zero(batch.state.device) + batch
 
 
 def tally_batch(
@@ -179,10 +182,7 @@ def _read(
 
 def _target_shape(target: Tensor, options: LossOptions) -> torch.Size:
     """Return the shape of the losses: target's, without the class dimension of soft targets."""
-    if not target.is_floating_point():
-        return target.shape
-    dim = options.class_dim % target.dim()
-    return target.shape[:dim] + target.shape[dim + 1 :]
+    return without(target.shape, options.class_dim) if target.is_floating_point() else target.shape
 
 
 def _as_weight(weight: Tensor, shape: torch.Size, loss: Tensor) -> Tensor:

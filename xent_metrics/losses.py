@@ -26,6 +26,10 @@ _BUFFER_BYTES = {"cpu": 4 * 2**20}  # About the size of two cores' L2, which was
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20  # Enough rows to fill the device, small beside its memory.
 
 
+WEIGHT_LIMIT = 2.0**47
+"""Weights of targets and of classes are below this, so that their product fits the limbs of a tally."""
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """What decides the loss of a target, apart from the class weights; two equal options give equal losses.
@@ -47,10 +51,10 @@ class LossOptions:
     def __post_init__(self) -> None:
         if self.input not in get_args(Input):
             raise ValueError(f"`input` must be one of {list(get_args(Input))}, got {self.input!r}.")
-        for name in ("class_dim", "ignore_index"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | (type(None) if name == "ignore_index" else int)):
-                raise TypeError(f"`{name}` must be an integer, got {value!r}.")
+        if not _is_integer(self.class_dim):
+            raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
+        if self.ignore_index is not None and not _is_integer(self.ignore_index):
+            raise TypeError(f"`ignore_index` must be an integer or None, got {self.ignore_index!r}.")
         if not _is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"`label_smoothing` must be a number in [0, 1], got {self.label_smoothing!r}.")
         object.__setattr__(self, "label_smoothing", float(self.label_smoothing))  # 0 and 0.0 are one option.
@@ -116,7 +120,7 @@ def target_losses(
             class_weight = class_weight.to(compute_dtype(preds))
         if target.is_floating_point():
             return _score_soft(preds, target, options, class_weight).as_sequences(
-                _without(preds.shape, options.class_dim)
+                without(preds.shape, options.class_dim)
             )
         index = target.reshape(-1).to(torch.int64)
         return _score_hard(preds, index, options, class_weight).as_sequences(target.shape)
@@ -253,7 +257,7 @@ def check_class_weight(class_weight: Tensor | None, options: LossOptions) -> Non
         )
     if not raises_now(class_weight):
         return
-    bad = class_weight[~((class_weight >= 0) & (class_weight < 2.0**47))]
+    bad = class_weight[~((class_weight >= 0) & (class_weight < WEIGHT_LIMIT))]
     if bad.numel():
         raise ValueError(
             f"`class_weight` must hold finite numbers that are not negative (and below 2**47), got {bad[0].item()}."
@@ -319,14 +323,14 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
     if target.is_floating_point():
         if target.shape == preds.shape:
             return
-        if target.shape == _without(preds.shape, class_dim):
+        if target.shape == without(preds.shape, class_dim):
             raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; convert it with .long().")
         raise ValueError(
             f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape "
             f"{tuple(preds.shape)}, "
             f"got {tuple(target.shape)}; pass class indices as integers."
         )
-    expected = _without(preds.shape, class_dim)
+    expected = without(preds.shape, class_dim)
     if target.shape != expected:
         raise ValueError(
             f"`target` must have the shape {tuple(expected)} for `preds` of shape {tuple(preds.shape)} with classes on "
@@ -336,7 +340,7 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
 
 def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> str:
     """Say which change would make the shapes fit."""
-    fitting = [dim for dim in range(len(preds)) if _without(preds, dim) == target]
+    fitting = [dim for dim in range(len(preds)) if without(preds, dim) == target]
     if fitting:
         return f"it would fit with class_dim={fitting[0]}"
     if target == preds:
@@ -355,9 +359,14 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _without(shape: torch.Size, dim: int) -> torch.Size:
+def without(shape: torch.Size, dim: int) -> torch.Size:
+    """Return a shape without one of its dimensions."""
     dim %= len(shape)
     return shape[:dim] + shape[dim + 1 :]
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

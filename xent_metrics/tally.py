@@ -29,7 +29,7 @@ from xent_metrics.exact import (
     to_int,
     widest_float,
 )
-from xent_metrics.losses import TargetLosses
+from xent_metrics.losses import WEIGHT_LIMIT, TargetLosses
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
 COUNTS = (
@@ -52,9 +52,6 @@ SEQUENCE_BITS = 36
 _SEQUENCE_LIMIT = 2**26  # Nats, or weight, of a sequence that is sure to fit 63 bits in those units.
 _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and they stay in the cache.
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
-
-WEIGHT_LIMIT = 2.0**47
-"""Weights of targets and of classes are below this, so that their product fits the limbs."""
 
 
 @dataclass(frozen=True, eq=False)  # Tensors have no single truth; compare `totals()`.
