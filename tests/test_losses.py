@@ -143,12 +143,12 @@ def test_log_probs_and_probs_are_taken_as_they_are(dtype: torch.dtype) -> None:
     """Log-probabilities and probabilities are not normalised: the loss is minus the (logarithm of the) number given."""
     target = torch.randint(0, K, (4, 5))
     log_probs = torch.randn(4, 5, K).log_softmax(-1).to(dtype)
-    probs = torch.rand(4, 5, K).to(dtype) + 0.01  # Rows do not sum to 1.
+    probs = 0.01 + 0.9 * torch.rand(4, 5, K).to(dtype)  # Rows do not sum to 1.
     for preds, name, logs in ((log_probs, "log_probs", log_probs.double()), (probs, "probs", probs.double().log())):
         losses = per_target_losses(preds, target, input=name)
         expected = -logs.gather(-1, target[..., None])[..., 0]
         torch.testing.assert_close(losses.double(), expected, **tolerance(dtype))
-        soft = torch.rand(4, 5, K).to(dtype)
+        soft = torch.rand(4, 5, K).softmax(-1).to(dtype)
         expected = -(logs * (0.9 * soft.double() + 0.1 / K)).sum(-1)
         losses = per_target_losses(preds, soft, input=name, label_smoothing=0.1)
         torch.testing.assert_close(losses.double(), expected, **tolerance(dtype))
@@ -304,7 +304,7 @@ def test_empty_batch(shape: tuple[int, ...], soft: bool) -> None:
 def test_losses_have_no_graph() -> None:
     """Logits that require a gradient come out as plain numbers."""
     preds = torch.randn(3, K, requires_grad=True)
-    target = torch.rand(3, K, requires_grad=True)
+    target = torch.rand(3, K, requires_grad=True).softmax(-1)
     assert not per_target_losses(preds, target).requires_grad
     assert not cross_entropy(preds, target, torch.rand(3, requires_grad=True)).requires_grad
 

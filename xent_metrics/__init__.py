@@ -1,9 +1,34 @@
 """Likelihood metrics for PyTorch whose numbers can be trusted to the last bit."""
 
 from xent_metrics import functional
-from xent_metrics.metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity
-from xent_metrics.tally import Tally
+from xent_metrics.metrics import (
+    BinaryCrossEntropy,
+    BitsPerByte,
+    BitsPerToken,
+    CrossEntropy,
+    CrossEntropyDecomposition,
+    CrossEntropyDifference,
+    CrossEntropyReport,
+    GroupedCrossEntropy,
+    NormalizedCrossEntropy,
+    Perplexity,
+)
+from xent_metrics.tally import GroupTally, Tally
 
 __version__ = "0.1.0"
 
-__all__ = ["BitsPerToken", "CrossEntropy", "CrossEntropyReport", "Perplexity", "Tally", "functional"]
+__all__ = [
+    "BinaryCrossEntropy",
+    "BitsPerByte",
+    "BitsPerToken",
+    "CrossEntropy",
+    "CrossEntropyDecomposition",
+    "CrossEntropyDifference",
+    "CrossEntropyReport",
+    "GroupTally",
+    "GroupedCrossEntropy",
+    "NormalizedCrossEntropy",
+    "Perplexity",
+    "Tally",
+    "functional",
+]

@@ -15,7 +15,6 @@ the next one; and the total must stay below `2**127`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from torch import Tensor
@@ -64,7 +63,10 @@ def carry(limbs: Tensor) -> Tensor:
 
 def to_int(limbs: Sequence[int]) -> int:
     """Read limbs, canonical or not, as one integer: the multiple of the lowest limb's unit that they stand for."""
-    return reduce(lambda total, limb: (total << LIMB_BITS) + limb, limbs, 0)
+    total = 0
+    for limb in limbs:
+        total = (total << LIMB_BITS) + limb
+    return total
 
 
 def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:

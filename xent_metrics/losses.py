@@ -13,21 +13,28 @@ All losses are `-sum_k t[k] * log q[k]` with target t and model q, in float32 (f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from xent_metrics.checks import check_binary, check_num_classes, check_tensors, is_integer, is_number, without
+from xent_metrics.exact import widest_float
 
 Input = Literal["logits", "log_probs", "probs", "losses"]
+BinaryInput = Literal["logits", "probs"]
+SmoothingOver = Literal["all", "others"]
 
 _BUFFER_BYTES = {"cpu": 4 * 2**20}  # About the size of two cores' L2, which was fastest of 0.25 to 16 MiB.
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20  # Enough rows to fill the device, small beside its memory.
 
-
-WEIGHT_LIMIT = 2.0**47
-"""Weights of targets and of classes are below this, so that their product fits the limbs of a tally."""
+# How far the sum of a soft target may be from 1: float32 rounds very little, halves keep 3 digits of each probability.
+_SOFT_EXCESS = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LOW_PRECISION_SOFT_EXCESS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,11 @@ class LossOptions:
     Attributes:
         input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"`, or per-target `"losses"` in nats.
         class_dim: The dimension of `preds` that counts classes: -1, or 1 for PyTorch's `(N, C, ...)`.
-        label_smoothing: `a` in the target `(1 - a) * onehot + a / K`.
+        label_smoothing: How much of a target is spread over classes.
         ignore_index: The integer target that is not scored; None for none.
         eps: Clip probabilities to `[eps, 1 - eps]`; None clips nothing, and a probability of 0 is an infinite loss.
+        label_smoothing_over: Which classes the smoothing is spread over: `"all"`, or `"others"` than the true one.
+        shift: Whether position t of `preds` scores target t + 1.
     """
 
     input: Input = "logits"
@@ -47,28 +56,115 @@ class LossOptions:
     label_smoothing: float = 0.0
     ignore_index: int | None = -100
     eps: float | None = None
+    label_smoothing_over: SmoothingOver = "all"
+    shift: bool = False
 
     def __post_init__(self) -> None:
-        if self.input not in get_args(Input):
-            raise ValueError(f"`input` must be one of {list(get_args(Input))}, got {self.input!r}.")
-        if not _is_integer(self.class_dim):
+        _check_choice("input", self.input, get_args(Input))
+        _check_choice("label_smoothing_over", self.label_smoothing_over, get_args(SmoothingOver))
+        if not is_integer(self.class_dim):
             raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
-        if self.ignore_index is not None and not _is_integer(self.ignore_index):
-            raise TypeError(f"`ignore_index` must be an integer or None, got {self.ignore_index!r}.")
-        if not _is_number(self.label_smoothing) or not 0.0 <= self.label_smoothing <= 1.0:
-            raise ValueError(f"`label_smoothing` must be a number in [0, 1], got {self.label_smoothing!r}.")
+        if not isinstance(self.shift, bool):
+            raise TypeError(f"`shift` must be True or False, got {self.shift!r}.")
+        _check_ignore_index(self.ignore_index)
+        _check_smoothing(self.label_smoothing)
         object.__setattr__(self, "label_smoothing", float(self.label_smoothing))  # 0 and 0.0 are one option.
-        if self.eps is not None and (not _is_number(self.eps) or not 0.0 < self.eps < 0.5):
-            raise ValueError(f"`eps` must be None or a number in (0, 0.5), got {self.eps!r}.")
-        if self.eps is not None and self.input != "probs":
-            raise ValueError(
-                f"`eps` clips probabilities: it goes with `input='probs'`, not {self.input!r}; leave it out."
-            )
+        _check_eps(self.eps, self.input)
         if self.input == "losses" and self.label_smoothing:
             raise ValueError(
                 f"`label_smoothing` must be 0 with `input='losses'`, got {self.label_smoothing!r}: smooth "
                 "where the losses are made."
             )
+        if self.input == "losses" and self.shift:
+            raise ValueError("`shift` must be False with `input='losses'`: they have been aligned with their targets.")
+
+    def smoothing(self, num_classes: int) -> float:
+        """Return the share of a target that is spread evenly over all classes."""
+        if self.label_smoothing_over == "all" or not self.label_smoothing:
+            return self.label_smoothing
+        return convert_label_smoothing(self.label_smoothing, num_classes)
+
+    def aligned(self, labels: Tensor) -> Tensor:
+        """Return the part of a tensor of target's shape (without classes) that is scored."""
+        return labels[..., 1:] if self.shift else labels
+
+
+@dataclass(frozen=True)
+class BinaryOptions:
+    """What decides a binary loss, apart from `pos_weight`; two equal options give equal losses.
+
+    Attributes:
+        input: What `preds` holds: `"logits"`, or `"probs"`, the probabilities of 1.
+        label_smoothing: `a` in the target `(1 - a) * y + a / 2`.
+        ignore_index: The target that is not scored; None for none.
+        eps: Clip probabilities to `[eps, 1 - eps]`; None clips nothing.
+    """
+
+    input: BinaryInput = "logits"
+    label_smoothing: float = 0.0
+    ignore_index: int | None = None
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("input", self.input, get_args(BinaryInput))
+        _check_ignore_index(self.ignore_index)
+        _check_smoothing(self.label_smoothing)
+        object.__setattr__(self, "label_smoothing", float(self.label_smoothing))
+        _check_eps(self.eps, self.input)
+
+
+def convert_label_smoothing(over_others: float, num_classes: int) -> float:
+    """Return the `label_smoothing` of `F.cross_entropy` that equals smoothing over the other classes.
+
+    Two conventions go by one name. PyTorch's, `a`, gives every class `a / K` and the true one `1 - a` more
+    (Szegedy et al., Rethinking the Inception Architecture, 2016, section 7). The other, `b`, leaves `1 - b` on the true
+    class and gives every other one `b / (K - 1)`, as fairseq does. They agree for `a = b * K / (K - 1)`.
+
+    Args:
+        over_others: `b`, the share that is taken from the true class.
+        num_classes: `K`.
+
+    Raises:
+        ValueError: If `b` is not a number in [0, 1], or above `(K - 1) / K`: the true class would then get less
+            than the others, which no `a` in [0, 1] gives.
+
+    For b = 0.1 and K = 3 the target is `[0.9, 0.05, 0.05]`. PyTorch's `a = 0.15` gives `[0.85 + 0.05, 0.05, 0.05]`:
+
+    >>> round(convert_label_smoothing(0.1, num_classes=3), 15)
+    0.15
+    """
+    _check_smoothing(over_others)
+    check_num_classes("num_classes", num_classes)
+    if over_others > (num_classes - 1) / num_classes:
+        raise ValueError(
+            f"`label_smoothing` over the other classes must be at most (K - 1) / K = {num_classes - 1}/{num_classes}, "
+            f"got {over_others!r}: the true class would get less than the others; lower it."
+        )
+    return min(1.0, over_others * num_classes / (num_classes - 1)) if over_others else 0.0
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
+
+
+def _check_ignore_index(value: int | None) -> None:
+    if value is not None and not is_integer(value):
+        raise TypeError(f"`ignore_index` must be an integer or None, got {value!r}.")
+
+
+def _check_smoothing(value: float) -> None:
+    if not is_number(value) or not 0.0 <= value <= 1.0:
+        raise ValueError(f"`label_smoothing` must be a number in [0, 1], got {value!r}.")
+
+
+def _check_eps(eps: float | None, input: str) -> None:
+    if eps is None:
+        return
+    if not is_number(eps) or not 0.0 < eps < 0.5:
+        raise ValueError(f"`eps` must be None or a number in (0, 0.5), got {eps!r}.")
+    if input != "probs":
+        raise ValueError(f"`eps` clips probabilities: it goes with `input='probs'`, not {input!r}; leave it out.")
 
 
 class TargetLosses(NamedTuple):
@@ -76,26 +172,42 @@ class TargetLosses(NamedTuple):
 
     Attributes:
         loss: Loss of each target in nats, class weights included; anything where the target is not scored.
-        norm: What the target adds to the denominator: its class weight, or None for 1.
-        ignored: Where the target is `ignore_index`.
-        out_of_range: Where the target is neither that nor a class.
+        norm: What the target adds to the denominator: its class weight or its bytes, or None for 1.
+        ignored: Where the target is not to be scored, such as `ignore_index`.
+        out_of_range: Where the target is neither that nor a class, or is no distribution.
+        improper: Where a probability of `preds` is outside [0, 1]; None for nowhere.
     """
 
     loss: Tensor
     norm: Tensor | None
     ignored: Tensor
     out_of_range: Tensor
+    improper: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TargetLosses:
+        """Change every tensor alike."""
+        return TargetLosses(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
 
     def at(self, index: slice | tuple[slice, slice]) -> TargetLosses:
         """Return a part of the batch."""
-        norm = None if self.norm is None else self.norm[index]
-        return TargetLosses(self.loss[index], norm, self.ignored[index], self.out_of_range[index])
+        return self.map(lambda x: x[index])
 
     def as_sequences(self, shape: torch.Size) -> TargetLosses:
         """View flat targets of this shape as rows: a sequence is a row, or one target where there are no rows."""
         rows = (shape[0], -1) if len(shape) > 1 and self.loss.numel() else (-1, 1)
-        norm = None if self.norm is None else self.norm.view(rows)
-        return TargetLosses(self.loss.view(rows), norm, self.ignored.view(rows), self.out_of_range.view(rows))
+        return self.map(lambda x: x.view(rows))
+
+    def within(self, ids: Tensor, limit: int) -> TargetLosses:
+        """Also count targets as out of range whose `ids` are not in `[0, limit)`."""
+        outside = ~((ids >= 0) & (ids < limit) | self.ignored)
+        return self._replace(out_of_range=self.out_of_range | outside)
+
+    def per_byte(self, ids: Tensor, token_bytes: Tensor) -> TargetLosses:
+        """Let each target add its bytes to the denominator; one without bytes is not scored."""
+        within = self.within(ids, len(token_bytes))
+        num_bytes = token_bytes[ids.masked_fill(within.ignored | within.out_of_range, 0)]
+        silent = (num_bytes == 0) & ~within.out_of_range
+        return within._replace(norm=num_bytes.to(widest_float(ids.device)), ignored=within.ignored | silent)
 
 
 def target_losses(
@@ -114,16 +226,115 @@ def target_losses(
         TypeError: If a dtype is not one of those named above.
         ValueError: If shapes or devices do not fit.
     """
-    check_tensors(preds, target, options, class_weight)
+    check_tensors(preds, target, options.input, options.class_dim, class_weight, options.shift)
     with torch.no_grad():
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(preds))
+        preds, target = shifted(preds, target, options)
         if target.is_floating_point():
             return _score_soft(preds, target, options, class_weight).as_sequences(
                 without(preds.shape, options.class_dim)
             )
-        index = target.reshape(-1).to(torch.int64)
+        index = as_index(target).reshape(-1)
         return _score_hard(preds, index, options, class_weight).as_sequences(target.shape)
+
+
+def target_entropies(preds: Tensor, target: Tensor, options: LossOptions) -> Tensor:
+    """Compute the entropy of every target's own distribution, smoothed; flat, and for what `target_losses` accepts."""
+    with torch.no_grad():
+        preds, target = shifted(preds, target, options)
+        num_classes = preds.shape[options.class_dim]
+        smoothing = options.smoothing(num_classes)
+        if not target.is_floating_point():
+            rest = smoothing / num_classes
+            nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
+            return torch.full((target.numel(),), nats, dtype=widest_float(preds.device), device=preds.device)
+        entropy = torch.empty(target.numel() // num_classes, dtype=compute_dtype(target), device=target.device)
+        copied = LossOptions("log_probs", options.class_dim)  # Rows as they are.
+        for rows, probs, _ in _log_prob_blocks(target, None, copied):
+            if smoothing:
+                probs.mul_(1 - smoothing).add_(smoothing / num_classes)
+            entropy[rows] = torch.special.entr(probs).sum(1)[: rows.stop - rows.start]
+        return entropy
+
+
+def binary_losses(
+    preds: Tensor, target: Tensor, options: BinaryOptions, pos_weight: Tensor | None = None
+) -> TargetLosses:
+    """Compute `-(pos_weight * y * log p + (1 - y) * log(1 - p))` of every target.
+
+    Both logarithms come from the score itself, never from `1 - p`, and one whose coefficient is 0 adds nothing, so
+    that a confident and right prediction costs 0 and a wrong one what it should, up to infinity.
+
+    Args:
+        preds: Logits, or probabilities of 1.
+        target: 0 and 1 in any dtype, or soft labels between them; of `preds`' shape.
+        options: How losses are made.
+        pos_weight: Weight of the positive term, broadcastable to `target`.
+
+    Raises:
+        TypeError: If a dtype is not one of those named above.
+        ValueError: If shapes or devices do not fit.
+    """
+    check_binary(preds, target, pos_weight)
+    with torch.no_grad():
+        ignored = torch.zeros_like(target, dtype=torch.bool)
+        if options.ignore_index is not None:
+            ignored = target == options.ignore_index
+        out_of_range = ~((target >= 0) & (target <= 1) | ignored)  # A NaN too.
+        scores = preds.to(compute_dtype(preds))
+        positive = target.to(scores.dtype).mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
+        negative = 1 - positive
+        if pos_weight is not None:
+            positive = positive * pos_weight.to(scores.dtype)
+        improper = None
+        if options.input == "logits":
+            log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
+        else:
+            improper = (scores < 0) | (scores > 1)
+            log_p, log_q = scores.log(), torch.log1p(-scores)
+            if options.eps is not None:
+                bounds = math.log(options.eps), math.log1p(-options.eps)
+                log_p, log_q = log_p.clamp(*bounds), log_q.clamp(*bounds)
+        _weigh(log_p, positive)
+        _weigh(log_q, negative)
+        loss = torch.neg(log_p + log_q)
+        losses = TargetLosses(loss, None, ignored, out_of_range, improper)
+        return losses.map(lambda x: x.reshape(-1)).as_sequences(target.shape)
+
+
+def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
+    """Subtract the first losses from the second ones, target by target; both are of the same targets."""
+    dtype = widest_float(first.loss.device)  # Where that is float64, two float32 losses differ without rounding.
+    improper = None
+    if first.improper is not None and second.improper is not None:
+        improper = first.improper | second.improper
+    return second._replace(
+        loss=second.loss.to(dtype) - first.loss.to(dtype),
+        out_of_range=first.out_of_range | second.out_of_range,
+        improper=improper,
+    )
+
+
+def shifted(preds: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Drop the last position of `preds` and the first of `target`, as views, if that is asked for."""
+    if not options.shift:
+        return preds, target
+    time = max(dim for dim in range(preds.dim()) if dim != options.class_dim % preds.dim())
+    length = max(0, preds.shape[time] - 1)
+    if target.is_floating_point():
+        return preds.narrow(time, 0, length), target.narrow(time, target.shape[time] - length, length)
+    return preds.narrow(time, 0, length), target[..., 1:]
+
+
+def as_index(integers: Tensor) -> Tensor:
+    """Convert to int64; what a uint64 has above that becomes the largest index, instead of wrapping to a negative."""
+    index = integers.to(torch.int64)
+    return index.masked_fill(index < 0, 2**63 - 1) if integers.dtype == torch.uint64 else index
+
+
+def _entropy_term(p: float) -> float:
+    return -p * math.log(p) if p else 0.0
 
 
 def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
@@ -136,9 +347,10 @@ def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight
     out_of_range = ~((index >= 0) & (index < preds.shape[options.class_dim]) | ignored)
     index = index.masked_fill(ignored | out_of_range, 0)
     loss = torch.empty(index.shape, dtype=compute_dtype(preds), device=index.device)
+    improper = torch.empty_like(ignored) if options.input == "probs" else None
     norm = None if class_weight is None else class_weight[index]
-    smoothing = options.label_smoothing
-    for rows, log_probs, _ in _log_prob_blocks(preds, None, options):
+    smoothing = options.smoothing(preds.shape[options.class_dim])
+    for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper):
         count = rows.stop - rows.start
         nll = torch.neg(log_probs[:count].gather(1, index[rows, None]).squeeze(1))
         if norm is not None:
@@ -148,23 +360,30 @@ def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight
             nll.mul_(1 - smoothing) if smoothing < 1 else nll.zero_()  # Not 0 * inf.
             nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
         loss[rows] = nll
-    return TargetLosses(loss, norm, ignored, out_of_range)
+    return TargetLosses(loss, norm, ignored, out_of_range, improper)
 
 
 def _score_soft(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
     """Score targets that are distributions."""
     rows_total = preds.numel() // preds.shape[options.class_dim]
     loss = torch.empty(rows_total, dtype=compute_dtype(preds), device=preds.device)
-    smoothing = options.label_smoothing
-    for rows, log_probs, probs in _log_prob_blocks(preds, target, options):
+    ignored = torch.zeros(rows_total, dtype=torch.bool, device=preds.device)
+    out_of_range = torch.empty_like(ignored)
+    improper = torch.empty_like(ignored) if options.input == "probs" else None
+    smoothing = options.smoothing(preds.shape[options.class_dim])
+    excess = _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS)
+    for rows, log_probs, probs in _log_prob_blocks(preds, target, options, improper):
+        count = rows.stop - rows.start
+        # Asked so that a NaN is none either.
+        distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
+        out_of_range[rows] = ~distribution[:count]
         if smoothing:
             probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
         if class_weight is not None:
             probs.mul_(class_weight)
         _weigh(log_probs, probs)
-        loss[rows] = log_probs.sum(1)[: rows.stop - rows.start].neg_()
-    nothing = torch.zeros(rows_total, dtype=torch.bool, device=preds.device)
-    return TargetLosses(loss, None, nothing, nothing)
+        loss[rows] = log_probs.sum(1)[:count].neg_()
+    return TargetLosses(loss, None, ignored, out_of_range, improper)
 
 
 def _weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
@@ -174,12 +393,13 @@ def _weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
 
 
 def _log_prob_blocks(
-    preds: Tensor, target: Tensor | None, options: LossOptions
+    preds: Tensor, target: Tensor | None, options: LossOptions, improper: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield ranges of rows, their log-probabilities, and their soft targets where there are any.
 
     Both are views of one buffer and have at least two rows, the second one meaningless if the range has one: threads
-    would share the `sum` over a long row that is alone, and round it differently.
+    would share the `sum` over a long row that is alone, and round it differently. Rows in which a probability is
+    outside [0, 1] are marked in `improper`.
     """
     tensors = [x.movedim(options.class_dim, -1) for x in (preds, target) if x is not None]
     num_classes = tensors[0].shape[-1]
@@ -202,6 +422,8 @@ def _log_prob_blocks(
         if options.input == "logits":
             torch.log_softmax(source, 1, out=filled)
         elif options.input == "probs":
+            if improper is not None:
+                improper[rows] = (filled.amin(1) < 0) | (filled.amax(1) > 1)
             if options.eps is not None:
                 filled.clamp_(options.eps, 1 - options.eps)
             filled.log_()
@@ -235,139 +457,3 @@ def _row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterato
 def compute_dtype(preds: Tensor) -> torch.dtype:
     """Return the dtype that losses of `preds` are computed in: float64 for float64, float32 for the rest."""
     return torch.float64 if preds.dtype == torch.float64 else torch.float32
-
-
-def raises_now(values: Tensor) -> bool:
-    """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
-
-    Looking at a value on an accelerator would stall it, and compiled code cannot raise.
-    """
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def check_class_weight(class_weight: Tensor | None, options: LossOptions) -> None:
-    """Raise unless `class_weight` is None or a vector of finite weights that are not negative."""
-    if class_weight is None:
-        return
-    if options.input == "losses":
-        raise ValueError("`class_weight` must be None with `input='losses'`: weigh where the losses are made.")
-    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point() or class_weight.dim() != 1:
-        raise TypeError(
-            f"`class_weight` must be a 1-D float tensor with a weight for each class, got {describe(class_weight)}."
-        )
-    if not raises_now(class_weight):
-        return
-    bad = class_weight[~((class_weight >= 0) & (class_weight < WEIGHT_LIMIT))]
-    if bad.numel():
-        raise ValueError(
-            f"`class_weight` must hold finite numbers that are not negative (and below 2**47), got {bad[0].item()}."
-        )
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def check_tensors(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None) -> None:
-    """Raise on dtypes, shapes and devices that do not fit, and say what would."""
-    for name, value in (("preds", preds), ("target", target)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor.")
-        if value.layout != torch.strided:
-            raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
-    if preds.dtype not in _FLOATS:
-        raise TypeError(
-            f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float()."
-        )
-    if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(
-            f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long()."
-        )
-    if preds.device != target.device:
-        raise ValueError(
-            f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."
-        )
-    if options.input == "losses":
-        _check_losses(preds, target)
-        return
-    if not -preds.dim() <= options.class_dim < preds.dim():
-        raise ValueError(
-            f"`class_dim` must be a dimension of `preds`, got {options.class_dim} for shape {tuple(preds.shape)}."
-        )
-    num_classes = preds.shape[options.class_dim]
-    if num_classes == 0:
-        raise ValueError(f"`preds` must have at least one class, got shape {tuple(preds.shape)}; check `class_dim`.")
-    if class_weight is not None and class_weight.device != preds.device:
-        raise ValueError(
-            f"`class_weight` must be on the device of `preds`, {preds.device}, got {class_weight.device}; "
-            "move it, or the metric, with .to()."
-        )
-    if class_weight is not None and class_weight.shape != (num_classes,):
-        raise ValueError(
-            f"`class_weight` must have one weight for each of the {num_classes} classes, got {class_weight.numel()}."
-        )
-    _check_shapes(preds, target, options.class_dim)
-
-
-def _check_losses(preds: Tensor, target: Tensor) -> None:
-    if target.is_floating_point():
-        raise TypeError(f"`target` must hold integers with `input='losses'`, got {target.dtype}: it gives the mask.")
-    if preds.shape != target.shape:
-        raise ValueError(
-            f"`preds` must have target's shape with `input='losses'`, got {tuple(preds.shape)} and "
-            f"{tuple(target.shape)}; "
-            "compute them with reduction='none', or pass `input='logits'`."
-        )
-
-
-def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
-    if target.is_floating_point():
-        if target.shape == preds.shape:
-            return
-        if target.shape == without(preds.shape, class_dim):
-            raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; convert it with .long().")
-        raise ValueError(
-            f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape "
-            f"{tuple(preds.shape)}, "
-            f"got {tuple(target.shape)}; pass class indices as integers."
-        )
-    expected = without(preds.shape, class_dim)
-    if target.shape != expected:
-        raise ValueError(
-            f"`target` must have the shape {tuple(expected)} for `preds` of shape {tuple(preds.shape)} with classes on "
-            f"dimension {class_dim}, got {tuple(target.shape)}; {_shape_hint(preds.shape, target.shape, expected)}."
-        )
-
-
-def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> str:
-    """Say which change would make the shapes fit."""
-    fitting = [dim for dim in range(len(preds)) if without(preds, dim) == target]
-    if fitting:
-        return f"it would fit with class_dim={fitting[0]}"
-    if target == preds:
-        return "integers of preds' shape look like one-hot targets: pass their argmax, or floats for soft targets"
-    if len(target) == len(expected):
-        differing = [dim for dim in range(len(target)) if target[dim] != expected[dim]]
-        if len(differing) == 1 and abs(target[differing[0]] - expected[differing[0]]) == 1:
-            return "they are one apart: shift, so that preds[:, :-1] is scored against target[:, 1:]"
-    return "give every row of classes in `preds` one target"
-
-
-def describe(value: Any) -> str:
-    """Say what was passed, for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
-
-
-def without(shape: torch.Size, dim: int) -> torch.Size:
-    """Return a shape without one of its dimensions."""
-    dim %= len(shape)
-    return shape[:dim] + shape[dim + 1 :]
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

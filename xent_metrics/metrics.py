@@ -1,11 +1,11 @@
 """The torchmetrics classes: a tally that grows with every update, and a reading of it.
 
-All of them share one state, a single int64 tensor, and one update. They differ in what they read.
+All of them hold one state, a single int64 tensor, and add to it. They differ in what they tally and what they read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -13,80 +13,106 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
+from torchmetrics.utilities.prints import rank_zero_warn
 
+from xent_metrics.checks import (
+    advice,
+    check_class_weight,
+    check_distributions,
+    check_num_classes,
+    check_pos_weight,
+    check_token_table,
+)
 from xent_metrics.exact import widest_float
-from xent_metrics.functional import tally_batch
-from xent_metrics.losses import Input, LossOptions, check_class_weight
-from xent_metrics.readings import DeviceReading, ExactReading, NanPolicy, Unit, check_reading, check_unit, check_valid
-from xent_metrics.tally import Tally
+from xent_metrics.functional import (
+    decomposed,
+    tally_batch,
+    tally_binary,
+    tally_by_class,
+    tally_decomposition,
+    tally_difference,
+    tally_grouped,
+    tally_per_byte,
+)
+from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LossOptions, SmoothingOver
+from xent_metrics.readings import (
+    DIFFERENCE,
+    DeviceReading,
+    ExactReading,
+    GroupReading,
+    NanPolicy,
+    Unit,
+    check_reading,
+    check_unit,
+    read_exactly,
+)
+from xent_metrics.tally import GroupTally, Tally
 
 
 class _TallyMetric(Metric):
-    """A tally with a reading; subclasses say which reading."""
+    """A tally with a reading; subclasses say how a batch is tallied, and which reading.
+
+    Args:
+        options: What decides the losses.
+        nan_policy: See `CrossEntropy`.
+        confidence: See `CrossEntropyReport`.
+        zero: The tally of nothing.
+        tensors: Tensors that also decide an update, by the names of the attributes that they become.
+        **kwargs: torchmetrics' own.
+    """
 
     higher_is_better = False
     is_differentiable = False
     full_state_update = False
-    plot_lower_bound = 0.0
+    plot_lower_bound: float | None = 0.0
+
+    _UPDATE = "tally_batch"  # Metrics with the same one and the same configuration make the same update.
 
     def __init__(
         self,
-        options: LossOptions,
-        class_weight: Tensor | None = None,
-        nan_policy: NanPolicy = "propagate",
+        options: LossOptions | BinaryOptions,
+        nan_policy: NanPolicy,
         confidence: float = 0.95,
+        zero: Tally | GroupTally | None = None,
+        tensors: Mapping[str, Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         check_reading(nan_policy, confidence)
-        check_class_weight(class_weight, options)
         self.options = options
-        self.class_weight = None if class_weight is None else class_weight.detach().clone()
         self.nan_policy = nan_policy
         self.confidence = confidence
+        zero = Tally.zero() if zero is None else zero
+        self._tally_type = type(zero)
+        self._tensor_names = tuple(tensors or ())
+        for name, value in (tensors or {}).items():
+            setattr(self, name, None if value is None else value.detach().clone())
+        self._looked_at_preds = False
         # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
         # So the name carries all that decides an update, and nothing that only decides a reading.
-        configuration = (options, None if class_weight is None else class_weight.tolist())
-        self._state_name = f"tally_{blake2b(repr(configuration).encode(), digest_size=8).hexdigest()}"
-        self.add_state(self._state_name, default=Tally.zero().state, dist_reduce_fx="sum")
+        values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
+        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values))
+        self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
+        self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
 
     @property
-    def tally(self) -> Tally:
-        """What has been seen since the last reset."""
-        return Tally(getattr(self, self._state_name))
+    def tally(self) -> Any:
+        """What has been seen since the last reset: a `Tally`, or a `GroupTally` for a metric of groups."""
+        return self._tally_type(getattr(self, self._state_name))
 
     @tally.setter
-    def tally(self, tally: Tally) -> None:
+    def tally(self, tally: Tally | GroupTally) -> None:
         # Rebound, never changed in place: compute groups and wrappers hold the old state, and one made in
         # inference mode must not be written to outside it.
         setattr(self, self._state_name, tally.state)
 
-    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64.
-            target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
-                targets, floats of `preds`' shape.
-            weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
-                (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
-                them well above it: what is below some 1e-12 has few bits left.
-
-        Raises:
-            TypeError: If a dtype is not one of those named.
-            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor
-                `ignore_index`, or a weight is negative, infinite or NaN (elsewhere `compute` raises). The state is
-                then as it was.
-        """
-        try:
-            batch = self._tally_batch(preds, target, weight)
-        except Exception:
-            self._update_count -= 1  # torchmetrics counts the call before it is made.
-            raise
-        self.tally = self.tally + batch
-
-    def add(self, batch: Tally) -> None:
+    def add(self, batch: Tally | GroupTally) -> None:
         """Add a tally that was made elsewhere, by `xent_metrics.functional.tally` or another metric."""
+        if batch.state.shape != self.tally.state.shape:
+            raise ValueError(
+                f"`batch` must be a tally of the shape {tuple(self.tally.state.shape)} that this metric keeps, got "
+                f"{tuple(batch.state.shape)}; take it from a metric that is configured alike."
+            )
         self.tally = self.tally + batch
         self._computed = None
         self._update_count += 1
@@ -98,12 +124,13 @@ class _TallyMetric(Metric):
         """
         if self._is_synced:
             raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
-        batch = self._tally_batch(*args, **kwargs)
+        batch = self._looked_at_batch(*args, **kwargs)
         accumulated = self.tally + batch
         self.tally = batch
         try:
             with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.dist_sync_on_step):
-                value = self._read(DeviceReading(self.tally, self.nan_policy, self.confidence))
+                parts = self._parts(self.tally)
+                value = self._read(*(DeviceReading(part, self.nan_policy, self.confidence) for part in parts))
         finally:
             self.tally = accumulated
         self._update_count += 1
@@ -115,12 +142,11 @@ class _TallyMetric(Metric):
         """Read the tally; see the class for what the numbers mean.
 
         Raises:
-            ValueError: If targets out of range or invalid weights were counted, or non-finite losses
-                under `nan_policy="raise"`. The state is kept.
+            ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
+                non-finite losses under `nan_policy="raise"`. The state is kept.
         """
-        totals = self.tally.totals()
-        check_valid(totals)
-        return self._read(ExactReading(totals, self.nan_policy, self.confidence))
+        parts = self._parts(self.tally.cpu())
+        return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the tally of another metric that is configured alike."""
@@ -132,7 +158,7 @@ class _TallyMetric(Metric):
                 f"{self.options}, got {other}; merge metrics whose updates are configured alike."
             )
         super().merge_state(incoming_state)
-        self.tally = Tally.zero(self.device) + self.tally
+        self.tally = self._tally_type(torch.zeros_like(self.tally.state)) + self.tally
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
@@ -140,12 +166,46 @@ class _TallyMetric(Metric):
         """Plot `val`, one value or several from `forward` or `compute`, or the present value, with matplotlib."""
         return self._plot(val, ax)
 
-    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
-        return tally_batch(preds, target, weight, self.options, self.class_weight)
+    def _add_batch(self, *args: Any) -> None:
+        """Do what every `update` does."""
+        try:
+            batch = self._looked_at_batch(*args)
+        except Exception:
+            self._update_count -= 1  # torchmetrics counts the call before it is made.
+            raise
+        self.tally = self.tally + batch
 
-    def _read(self, reading: ExactReading | DeviceReading) -> Any:
+    def _looked_at_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Tally a batch; if it is the first one, warn if its scores look like something else."""
+        batch = self._tally_batch(*args, **kwargs)
+        if not self._looked_at_preds:
+            self._looked_at_preds = True
+            self._look_at(*args, **kwargs)
+        return batch
+
+    def _look_at(self, preds: Tensor, *_: Any, **__: Any) -> None:
+        class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
+        found = advice(preds, self.options.input, class_dim)
+        if found:
+            rank_zero_warn(f"`preds` {found}", UserWarning)
+
+    def _tally_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Tally a batch; the arguments are those of `update`."""
+        raise NotImplementedError
+
+    def _parts(self, tally: Any) -> Any:
+        """Return what is read of what is tallied."""
+        return tally.unbind()
+
+    def _read(self, *readings: Any) -> Any:
         """Return what the class reports, as tensors on its device."""
         raise NotImplementedError
+
+    def _as_tensor(self, value: float | list[float] | Tensor) -> Tensor:
+        """Move a number, or one a group, to the device."""
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(value, dtype=widest_float(self.device), device=self.device)
 
     def _as_tensors(self, values: dict[str, Any]) -> dict[str, Tensor]:
         """Move Python numbers to the device, floats in one copy and integers in another."""
@@ -164,12 +224,41 @@ class _TallyMetric(Metric):
             return x.to(fn(x.new_empty(0)).device)
 
         moved = super()._apply(move, exclude_state)
-        if self.class_weight is not None:
-            self.class_weight = move(self.class_weight)
+        for name in self._tensor_names:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else move(value))
         return moved
 
 
-class CrossEntropy(_TallyMetric):
+class _LossMetric(_TallyMetric):
+    """A metric of predictions, targets and weights."""
+
+    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64.
+            target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
+                targets, floats of `preds`' shape: probabilities with a sum of 1 (to 1e-3; to 1e-2 in half precision).
+            weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
+                (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
+                them well above it: what is below some 1e-12 has few bits left.
+
+        Raises:
+            TypeError: If a dtype is not one of those named.
+            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor
+                `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
+                `compute` raises). The state is then as it was.
+        """
+        self._add_batch(preds, target, weight)
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+        assert isinstance(self.options, LossOptions)
+        class_weight, token_bytes = getattr(self, "class_weight", None), getattr(self, "token_bytes", None)
+        return tally_batch(preds, target, weight, self.options, class_weight, token_bytes)
+
+
+class CrossEntropy(_LossMetric):
     """Cross-entropy of a model's distribution and the targets, over all the data at once.
 
     `H = sum(weight * loss) / sum(weight)` with `loss = -log q[target]`, the value of `F.cross_entropy` on all
@@ -186,8 +275,13 @@ class CrossEntropy(_TallyMetric):
         class_weight: A weight for each class, as `weight` in `F.cross_entropy`: the denominator is the sum of
             `class_weight[target] * weight` for class indices, of `weight` for soft targets.
         label_smoothing: `a` in the target `(1 - a) * onehot + a / K`, as in `F.cross_entropy`.
+        label_smoothing_over: `"all"` for that; `"others"` for the convention that leaves `1 - b` on the true class and
+            gives every other one `b / (K - 1)`: with `label_smoothing=0.1` and three classes, `[0.9, 0.05, 0.05]`. It
+            is `"all"` with `a = b * K / (K - 1)`; see `xent_metrics.functional.convert_label_smoothing`.
         ignore_index: The class index that is not scored; None scores all. Does not apply to soft targets.
         eps: Clip probabilities to `[eps, 1 - eps]`; None clips nothing, and a probability of 0 is an infinite loss.
+        shift: Let position t of `preds` score target t + 1, for logits and labels as Hugging Face models have them. The
+            time is the last dimension of `target` (not counting classes).
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and
             their weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite.
@@ -219,23 +313,25 @@ class CrossEntropy(_TallyMetric):
         class_dim: int = -1,
         class_weight: Tensor | None = None,
         label_smoothing: float = 0.0,
+        label_smoothing_over: SmoothingOver = "all",
         ignore_index: int | None = -100,
         eps: float | None = None,
+        shift: bool = False,
         unit: Unit = "nats",
         nan_policy: NanPolicy = "propagate",
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
-        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps)
-        super().__init__(options, class_weight, nan_policy, **kwargs)
+        check_class_weight(class_weight, input)
+        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+        super().__init__(options, nan_policy, tensors={"class_weight": class_weight}, **kwargs)
         self.unit = unit
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
-        value = reading.cross_entropy if self.unit == "nats" else reading.bits_per_token
-        return self._as_tensors({"value": value})["value"]
+        return self._as_tensor(reading.cross_entropy if self.unit == "nats" else reading.bits_per_token)
 
 
-class BitsPerToken(_TallyMetric):
+class BitsPerToken(_LossMetric):
     """Cross-entropy in bits: nats over ln 2, the bits that a code built on the model spends on a token.
 
     Of the model's distribution, hence without label smoothing and class weights. Arguments, shapes and errors are
@@ -254,16 +350,17 @@ class BitsPerToken(_TallyMetric):
         class_dim: int = -1,
         ignore_index: int | None = -100,
         eps: float | None = None,
+        shift: bool = False,
         nan_policy: NanPolicy = "propagate",
         **kwargs: Any,
     ) -> None:
-        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps), None, nan_policy, **kwargs)
+        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift), nan_policy, **kwargs)
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
-        return self._as_tensors({"value": reading.bits_per_token})["value"]
+        return self._as_tensor(reading.bits_per_token)
 
 
-class Perplexity(_TallyMetric):
+class Perplexity(_LossMetric):
     """Exponential of the cross-entropy in nats: the number of equally likely tokens that would be as surprising.
 
     `exp(H in nats) = 2 ** (H in bits)`, of the pooled cross-entropy, never a mean of perplexities. Of the model's
@@ -288,16 +385,17 @@ class Perplexity(_TallyMetric):
         class_dim: int = -1,
         ignore_index: int | None = -100,
         eps: float | None = None,
+        shift: bool = False,
         nan_policy: NanPolicy = "propagate",
         **kwargs: Any,
     ) -> None:
-        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps), None, nan_policy, **kwargs)
+        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift), nan_policy, **kwargs)
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
-        return self._as_tensors({"value": reading.perplexity})["value"]
+        return self._as_tensor(reading.perplexity)
 
 
-class CrossEntropyReport(_TallyMetric):
+class CrossEntropyReport(_LossMetric):
     """Every reading of one tally: nats, bits and perplexity with their uncertainty, and the counts behind them.
 
     One pass, one state and one synchronisation, where a collection of metrics needs one of each.
@@ -308,6 +406,7 @@ class CrossEntropyReport(_TallyMetric):
     (the ratio estimator; Cochran, Sampling Techniques, section 2.11), and a normal quantile.
 
     Args:
+        token_bytes: Bytes of each token, as in `BitsPerByte`; adds `bits_per_byte` to the values.
         confidence: Probability that the interval covers the mean over all sequences that might have been drawn.
 
     The other arguments, shapes and errors are those of `CrossEntropy`.
@@ -315,10 +414,10 @@ class CrossEntropyReport(_TallyMetric):
     Returns:
         A dict of scalar tensors: `cross_entropy` (nats), `bits_per_token`, `perplexity`, `cross_entropy_stderr`,
         `cross_entropy_lower`, `cross_entropy_upper`, `perplexity_lower`, `perplexity_upper`; and as int64 `num_tokens`
-        (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`. Without targets the floats are
-        NaN and the counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not
-        finite, where weights are too small to square (below some 1e-9 on average), and where a sequence sums to
-        `2**26` nats or weight.
+        (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`; with `token_bytes` also
+        `bits_per_byte`. Without targets the floats are NaN and the counts 0. The interval is NaN for fewer than two
+        sequences, where the cross-entropy is not finite, where weights are too small to square (below some 1e-9 on
+        average), and where a sequence sums to `2**26` nats or weight.
 
     >>> metric = CrossEntropyReport()
     >>> metric.update(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [3, 4, -100]]))
@@ -349,11 +448,439 @@ class CrossEntropyReport(_TallyMetric):
         class_dim: int = -1,
         ignore_index: int | None = -100,
         eps: float | None = None,
+        shift: bool = False,
+        token_bytes: Tensor | None = None,
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
         **kwargs: Any,
     ) -> None:
-        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps), None, nan_policy, confidence, **kwargs)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        if token_bytes is not None:
+            check_token_table(token_bytes)
+        zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
+        tensors = {} if token_bytes is None else {"token_bytes": token_bytes}
+        super().__init__(options, nan_policy, confidence, zero, tensors, **kwargs)
+
+    def _read(
+        self, reading: ExactReading | DeviceReading, per_byte: ExactReading | DeviceReading | None = None
+    ) -> dict[str, Tensor]:
+        values = {name: getattr(reading, name) for name in self._NAMES}
+        if per_byte is not None:
+            values["bits_per_byte"] = per_byte.bits_per_token
+        return self._as_tensors(values)
+
+
+class BitsPerByte(_TallyMetric):
+    """Total bits over the total UTF-8 bytes that the tokens stand for: comparable between tokenizers.
+
+    `sum(weight * loss) / ln 2 / sum(weight * bytes)`, loss in nats. A model whose tokens are longer spends more bits on
+    each of them; per byte of text the two can be compared.
+
+    The bytes come from one of two sources: a table of the bytes of each token, given once, or the bytes of the text,
+    given with every batch. A token of zero bytes (a special token, which stands for no text) is left out of both sums
+    with the table; without it, `ignore_index` or `weight` has to leave it out.
+
+    Args:
+        token_bytes: Integers, one for each token id; `xent_metrics.token_byte_lengths(tokenizer)` builds them from the
+            raw bytes of the tokens. Ids beyond its end are as wrong as ids beyond the classes. None, if `num_bytes`
+            comes with every batch.
+
+    The other arguments, shapes and errors are those of `CrossEntropy`.
+
+    Returns:
+        A float64 scalar. NaN without targets, and without bytes.
+
+    Source:
+        Graves, Generating sequences with recurrent neural networks, 2013; Gao et al., The Pile, 2020, section 3.1.
+
+    >>> metric = BitsPerByte(token_bytes=torch.tensor([0, 1, 1, 1, 1, 2, 2, 2]))
+    >>> metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 5, 6]))
+    >>> metric.compute()  # the special token 0 left out: 9 bits for 5 bytes
+    tensor(1.8000, dtype=torch.float64)
+    """
+
+    _UPDATE = "tally_per_byte"
+
+    def __init__(
+        self,
+        *,
+        token_bytes: Tensor | None = None,
+        input: Input = "logits",
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        eps: float | None = None,
+        shift: bool = False,
+        nan_policy: NanPolicy = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        if token_bytes is not None:
+            check_token_table(token_bytes)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        super().__init__(options, nan_policy, tensors={"token_bytes": token_bytes}, **kwargs)
+
+    def update(
+        self,
+        preds: Tensor,
+        target: Tensor,
+        num_bytes: int | Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> None:
+        """Add a batch; see `CrossEntropy.update`.
+
+        Args:
+            preds: Scores with classes on `class_dim`.
+            target: Token ids.
+            num_bytes: The bytes of the text that the scored targets stand for, of the whole batch (an integer) or of
+                its parts (a tensor, which is summed). Exactly if there is no `token_bytes`.
+            weight: Weights, or a mask; with `num_bytes` those of the targets only.
+        """
+        self._add_batch(preds, target, num_bytes, weight)
+
+    def _tally_batch(
+        self,
+        preds: Tensor,
+        target: Tensor,
+        num_bytes: int | Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> Tally:
+        assert isinstance(self.options, LossOptions)
+        return tally_per_byte(preds, target, num_bytes, weight, self.options, self.token_bytes)  # type: ignore[arg-type]
+
+    def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
+        return self._as_tensor(reading.bits_per_token)
+
+
+class BinaryCrossEntropy(_TallyMetric):
+    """Binary cross-entropy (log loss) over all the data at once, of one label or of many.
+
+    `sum(weight * loss) / sum(weight)` with `loss = -(pos_weight * y * log p + (1 - y) * log(1 - p))`: the value of
+    `F.binary_cross_entropy_with_logits` on all batches of all ranks concatenated, and of `F.binary_cross_entropy` for
+    probabilities. Unlike the latter, which takes no logarithm below -100, it is infinite where a probability of 0 or 1
+    was wrong, unless `eps` asks for clipping.
+
+    Args:
+        input: What `preds` holds: `"logits"`, or `"probs"`, the probabilities of 1.
+        pos_weight: Weight of the positive term, broadcastable to `target`: one, or one for each label (column).
+        label_smoothing: `a` in the target `(1 - a) * y + a / 2`.
+        ignore_index: The target that is not scored, such as -1; None scores all.
+        eps: Clip probabilities to `[eps, 1 - eps]`, as the textbook form does; None clips nothing.
+        unit: `"nats"`, or `"bits"`, which divides by ln 2.
+        nan_policy: As in `CrossEntropy`.
+        **kwargs: torchmetrics' own.
+
+    Shapes:
+        `preds` and `target`: any one shape, `(N,)` or `(N, labels)`; `weight`: broadcastable to it.
+
+    Returns:
+        A float64 scalar (float32 where the device has no float64), in `unit`. NaN without targets.
+
+    Raises:
+        ValueError: If an argument is not one of those named; see `update` and `compute` for the rest.
+
+    Source:
+        Good, Rational decisions, 1952; Bishop, Pattern Recognition and Machine Learning, 2006, equation 4.90.
+
+    >>> metric = BinaryCrossEntropy(input="probs")
+    >>> metric.update(torch.tensor([0.1, 0.9, 0.2]), torch.tensor([1, 0, 1]))
+    >>> metric.compute()  # -(log(0.1) + log(0.1) + log(0.2)) / 3
+    tensor(2.0715, dtype=torch.float64)
+    """
+
+    _UPDATE = "tally_binary"
+
+    def __init__(
+        self,
+        *,
+        input: BinaryInput = "logits",
+        pos_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        eps: float | None = None,
+        unit: Unit = "nats",
+        nan_policy: NanPolicy = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        check_unit(unit)
+        check_pos_weight(pos_weight)
+        options = BinaryOptions(input, label_smoothing, ignore_index, eps)
+        super().__init__(options, nan_policy, tensors={"pos_weight": pos_weight}, **kwargs)
+        self.unit = unit
+
+    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Logits or probabilities: float16, bfloat16, float32 or float64.
+            target: 0 and 1 of any dtype, or soft labels between them; of `preds`' shape.
+            weight: Weights that are not negative, or a boolean mask, broadcastable to `target`.
+
+        Raises:
+            TypeError: If a dtype is not one of those named.
+            ValueError: If shapes or devices do not fit; on the CPU also if a target or a probability is outside [0, 1],
+                or a weight is invalid (elsewhere `compute` raises). The state is then as it was.
+        """
+        self._add_batch(preds, target, weight)
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+        assert isinstance(self.options, BinaryOptions)
+        return tally_binary(preds, target, weight, self.options, self.pos_weight)  # type: ignore[arg-type]
+
+    def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
+        return self._as_tensor(reading.cross_entropy if self.unit == "nats" else reading.bits_per_token)
+
+
+class CrossEntropyDecomposition(_LossMetric):
+    """What of a cross-entropy is the targets' own entropy, and what is the model's divergence from them.
+
+    `H(P, Q) = H(P) + KL(P || Q)`, each a mean over targets in nats: P is a soft target, or a smoothed class index, and
+    Q the model's distribution. No model gets below `entropy`; `kl_divergence` is what it could still gain, the value
+    of `torch.nn.KLDivLoss(reduction="batchmean")` on all the data at once. It is the difference of the exact means, so
+    the equation holds to the last bits, and for a model equal to P it is 0 up to rounding of the losses (some 1e-7
+    nats for float32, of either sign).
+
+    Arguments, shapes and errors are those of `CrossEntropy`, except that `input="losses"` is refused. For class indices
+    without smoothing the entropy is 0. `nan_policy="omit"` leaves the same targets out of all three.
+
+    Returns:
+        A dict of float64 scalars: `cross_entropy`, `entropy`, `kl_divergence`. NaN without targets.
+
+    Source:
+        Kullback and Leibler, On information and sufficiency, 1951; Cover and Thomas, Elements of Information Theory,
+        section 2.3.
+
+    >>> metric = CrossEntropyDecomposition()
+    >>> metric.update(torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]))
+    >>> {name: round(value.item(), 4) for name, value in metric.compute().items()}  # log 2, and log(4 / 3) / 2
+    {'cross_entropy': 0.837, 'entropy': 0.6931, 'kl_divergence': 0.1438}
+    """
+
+    _UPDATE = "tally_decomposition"
+
+    def __init__(
+        self,
+        *,
+        input: Input = "logits",
+        class_dim: int = -1,
+        label_smoothing: float = 0.0,
+        label_smoothing_over: SmoothingOver = "all",
+        ignore_index: int | None = -100,
+        eps: float | None = None,
+        nan_policy: NanPolicy = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        check_distributions(input)
+        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
+        super().__init__(options, nan_policy, zero=Tally.zero(num_tallies=3), **kwargs)
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+        assert isinstance(self.options, LossOptions)
+        return tally_decomposition(preds, target, weight, self.options)
+
+    def _parts(self, tally: Tally) -> tuple[Tally, Tally]:
+        return decomposed(tally, self.nan_policy)
+
+    def _read(self, total: Any, entropy: Any) -> dict[str, Tensor]:
+        divergence = total.mean - entropy.mean
+        values = {"cross_entropy": total.mean, "entropy": entropy.mean, "kl_divergence": divergence}
+        return self._as_tensors({n: x if isinstance(x, Tensor) else float(x) for n, x in values.items()})
+
+
+class GroupedCrossEntropy(_TallyMetric):
+    """Cross-entropy of each of many groups of targets, in one pass whatever their number.
+
+    Each value is that of `CrossEntropy` on the targets of the group. Recipes, with classes on the last dimension:
+
+    - by dataset or domain: `update(preds, target, dataset_of_sequence[:, None])`;
+    - by class: `num_groups` is the number of classes, `update(preds, target, group=target)`;
+    - by position: `num_groups` is the longest sequence T, `update(preds, target, group=torch.arange(T))`.
+
+    Args:
+        num_groups: How many groups there are. The state is 18 int64 numbers for each, also what ranks exchange.
+
+    The other arguments, shapes and errors are those of `CrossEntropy`. `nan_policy` holds for each group by itself
+    (`"raise"` for all).
+
+    Returns:
+        A float64 tensor of shape `(num_groups,)`, in `unit`; NaN for groups without targets.
+
+    >>> metric = GroupedCrossEntropy(num_groups=3)
+    >>> preds = torch.tensor([[0.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+    >>> metric.update(preds, target=torch.tensor([0, 1, 1]), group=torch.tensor([0, 2, 2]))
+    >>> metric.compute()  # log 2; none; the mean of log(1 + e**-2) and log(1 + e**2)
+    tensor([0.6931,    nan, 1.1269], dtype=torch.float64)
+    """
+
+    _UPDATE = "tally_grouped"
+
+    def __init__(
+        self,
+        num_groups: int,
+        *,
+        input: Input = "logits",
+        class_dim: int = -1,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        label_smoothing_over: SmoothingOver = "all",
+        ignore_index: int | None = -100,
+        eps: float | None = None,
+        shift: bool = False,
+        unit: Unit = "nats",
+        nan_policy: NanPolicy = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        check_unit(unit)
+        check_num_classes("num_groups", num_groups)
+        check_class_weight(class_weight, input)
+        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+        zero, tensors = GroupTally.zero(num_groups), {"class_weight": class_weight}
+        super().__init__(options, nan_policy, zero=zero, tensors=tensors, **kwargs)
+        self.num_groups = num_groups
+        self.unit = unit
+
+    def update(self, preds: Tensor, target: Tensor, group: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch; see `CrossEntropy.update`.
+
+        Args:
+            preds: Scores with classes on `class_dim`.
+            target: Class indices, or soft targets.
+            group: Integers in `[0, num_groups)`, broadcastable to `target` (without classes). Those of targets that are
+                not scored may be anything.
+            weight: Weights, or a mask.
+
+        Raises:
+            TypeError: If `group` does not hold integers.
+            ValueError: If it does not fit; on the CPU also if a scored target has none of the groups (elsewhere
+                `compute` raises). The state is then as it was.
+        """
+        self._add_batch(preds, target, group, weight)
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, group: Tensor, weight: Tensor | None = None) -> GroupTally:
+        assert isinstance(self.options, LossOptions)
+        return tally_grouped(preds, target, group, weight, self.options, self.class_weight, self.num_groups)  # type: ignore[arg-type]
+
+    def _read(self, reading: GroupReading | DeviceReading) -> Tensor:
+        return self._as_tensor(reading.cross_entropy if self.unit == "nats" else reading.bits_per_token)
+
+
+class NormalizedCrossEntropy(_LossMetric):
+    """Cross-entropy over the entropy of the class frequencies seen: 1.0 is no better than knowing the base rate.
+
+    `H / -sum_k f[k] log f[k]`, f being the share of class k in the targets that were scored, by weight. Below 1 a
+    model knows more than how frequent the classes are. It makes problems of different base rates comparable, as
+    click-through rates are.
+
+    A binary model's logits x come as two columns, `torch.stack([torch.zeros_like(x), x], -1)`.
+
+    Args:
+        num_classes: How many classes there are.
+
+    The other arguments, shapes and errors are those of `CrossEntropy`; soft targets are refused.
+
+    Returns:
+        A float64 scalar. NaN without targets, and where only one class was seen: its entropy is 0.
+
+    Source:
+        He et al., Practical lessons from predicting clicks on ads at Facebook, 2014, section 3.
+
+    >>> metric = NormalizedCrossEntropy(num_classes=2)
+    >>> metric.update(torch.tensor([[0.75, 0.25]]).log().expand(4, -1), torch.tensor([0, 0, 0, 1]))
+    >>> metric.compute()  # the model is the base rate
+    tensor(1.0000, dtype=torch.float64)
+    """
+
+    _UPDATE = "tally_by_class"
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        input: Input = "logits",
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        eps: float | None = None,
+        nan_policy: NanPolicy = "propagate",
+        **kwargs: Any,
+    ) -> None:
+        check_num_classes("num_classes", num_classes, 2)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps)
+        super().__init__(options, nan_policy, zero=GroupTally.zero(num_classes), **kwargs)
+        self.num_classes = num_classes
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Any:
+        assert isinstance(self.options, LossOptions)
+        return tally_by_class(preds, target, weight, self.options, self.num_classes)
+
+    def _read(self, reading: GroupReading | DeviceReading) -> Tensor:
+        return self._as_tensor(reading.normalized_cross_entropy)
+
+
+class CrossEntropyDifference(_TallyMetric):
+    """Whether model b is better than model a on the same targets, and how sure one can be.
+
+    `difference = H(b) - H(a)` in nats per target: negative where b is better. Its standard error is that of the paired
+    differences, clustered by sequence as in `CrossEntropyReport`; what is hard for both models cancels, so it is far
+    smaller than those of the two cross-entropies. An interval that does not hold 0 says that one of them is better.
+    `perplexity_ratio = exp(difference)` is the perplexity of b over that of a.
+
+    Args:
+        confidence: Probability that the intervals cover the difference over all sequences that might have been drawn.
+
+    The other arguments, shapes and errors are those of `CrossEntropy`. Where both losses are infinite their difference
+    is NaN.
+
+    Returns:
+        A dict of float64 scalars: `difference`, `difference_stderr`, `difference_lower`, `difference_upper`,
+        `perplexity_ratio`, `perplexity_ratio_lower`, `perplexity_ratio_upper`. NaN without targets; the interval also
+        for fewer than two sequences.
+
+    Source:
+        Cochran, Sampling Techniques, 3rd ed., sections 2.11 and 6.5.
+
+    >>> metric = CrossEntropyDifference()
+    >>> metric.update(torch.zeros(4, 8), torch.eye(8)[:4].log(), torch.arange(4))  # uniform against certain and right
+    >>> values = metric.compute()
+    >>> values["difference"], values["perplexity_ratio"]  # -log(8), and 1 / 8
+    (tensor(-2.0794, dtype=torch.float64), tensor(0.1250, dtype=torch.float64))
+    """
+
+    plot_lower_bound = None
+    _UPDATE = "tally_difference"
+
+    def __init__(
+        self,
+        *,
+        input: Input = "logits",
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        eps: float | None = None,
+        shift: bool = False,
+        nan_policy: NanPolicy = "propagate",
+        confidence: float = 0.95,
+        **kwargs: Any,
+    ) -> None:
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        super().__init__(options, nan_policy, confidence, **kwargs)
+
+    def update(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch; see `CrossEntropy.update`.
+
+        Args:
+            preds_a: Scores of the model to compare with.
+            preds_b: Scores of the model in question, of the same targets.
+            target: Class indices, or soft targets.
+            weight: Weights, or a mask.
+        """
+        self._add_batch(preds_a, preds_b, target, weight)
+
+    def _tally_batch(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+        assert isinstance(self.options, LossOptions)
+        return tally_difference(preds_a, preds_b, target, weight, self.options)
+
+    def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
+        self, preds_a: Tensor, preds_b: Tensor, *_: Any, **__: Any
+    ) -> None:
+        super()._look_at(preds_a)
+        super()._look_at(preds_b)
 
     def _read(self, reading: ExactReading | DeviceReading) -> dict[str, Tensor]:
-        return self._as_tensors({name: getattr(reading, name) for name in self._NAMES})
+        return self._as_tensors({name: getattr(reading, attribute) for name, attribute in DIFFERENCE.items()})

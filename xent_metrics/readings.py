@@ -17,13 +17,25 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from xent_metrics.exact import FRACTION_BITS, widest_float
-from xent_metrics.tally import SEQUENCE_BITS, Tally, Totals
+from xent_metrics.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Unit = Literal["nats", "bits"]
+
+DIFFERENCE = {
+    "difference": "cross_entropy",
+    "difference_stderr": "cross_entropy_stderr",
+    "difference_lower": "cross_entropy_lower",
+    "difference_upper": "cross_entropy_upper",
+    "perplexity_ratio": "perplexity",
+    "perplexity_ratio_lower": "perplexity_lower",
+    "perplexity_ratio_upper": "perplexity_upper",
+}
+"""What the readings of a tally are called if its losses are differences of two models' losses."""
 
 # Irrational functions are evaluated to 40 digits, so that rounding to a float64 happens once.
 _DECIMAL = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)
@@ -47,18 +59,29 @@ def check_unit(unit: Unit) -> None:
         raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
 
 
-def check_valid(totals: Totals) -> None:
-    """Raise if a target or a weight was seen that no reading can be trusted with."""
+def check_valid(totals: Totals, groupless: int = 0) -> None:
+    """Raise if something was seen that no reading can be trusted with: targets, probabilities, weights or groups."""
+    again = "then call reset(): this repeats until then."
     if totals.out_of_range:
         raise ValueError(
-            f"`target` must hold class indices in [0, number of classes), but {totals.out_of_range} "
-            "targets were outside; "
-            "map them to `ignore_index`, or mask them with `weight`, then call reset(): this repeats until then."
+            f"`target` must hold class indices in [0, number of classes) (or, as soft targets, probabilities in [0, 1] "
+            f"with a sum of 1), but {totals.out_of_range} targets were outside; map them to `ignore_index`, or mask "
+            f"them with `weight`, {again}"
+        )
+    if totals.improper:
+        raise ValueError(
+            f"`preds` must hold probabilities in [0, 1] with `input='probs'`, but those of {totals.improper} targets "
+            f"did not; pass input='logits' if they are scores, {again}"
         )
     if totals.invalid_weight:
         raise ValueError(
-            f"`weight` must hold finite numbers that are not negative, but {totals.invalid_weight} were not; "
-            "mend them, then call reset(): this repeats until then."
+            f"`weight` must hold finite numbers that are not negative, but {totals.invalid_weight} were not; mend "
+            f"them, {again}"
+        )
+    if groupless:
+        raise ValueError(
+            f"`group` must hold integers in [0, num_groups), but {groupless} scored targets had others; mend them, or "
+            f"mask their targets with `weight`, {again}"
         )
 
 
@@ -174,32 +197,45 @@ class ExactReading:
         return normal_quantile(self.confidence) * self.cross_entropy_stderr
 
 
-@dataclass(frozen=True)
 class DeviceReading:
-    """The same readings as tensors, without waiting for the device: NaN where `ExactReading` raises."""
+    """The same readings as tensors, without waiting for the device: NaN where `ExactReading` raises.
 
-    tally: Tally
-    nan_policy: NanPolicy = "propagate"
-    confidence: float = 0.95
+    Args:
+        tally: The tally, or one of groups: `cross_entropy` and `bits_per_token` are then one value a group.
+        nan_policy: As in `ExactReading`.
+        confidence: As in `ExactReading`.
+    """
 
-    @cached_property
-    def _sums(self) -> dict[str, Tensor]:
-        return self.tally.sums_on_device(widest_float(self.tally.state.device))
+    def __init__(
+        self, tally: Tally | GroupTally, nan_policy: NanPolicy = "propagate", confidence: float = 0.95
+    ) -> None:
+        self.tally = tally
+        self.nan_policy = nan_policy
+        self.confidence = confidence
+        self.sums = tally.sums_on_device(widest_float(tally.state.device))
+        self.cross_entropy = self._mean(self.sums["loss"], self.sums["weight"])
+        self._stderr: Tensor | None = None  # Not a cached_property, whose lock compiled code cannot take.
 
-    @cached_property
-    def cross_entropy(self) -> Tensor:
+    def _mean(self, loss: Tensor, weight: Tensor) -> Tensor:
         """See `ExactReading.cross_entropy`."""
         count = self.tally.count_on_device
-        weight = self._sums["weight"]
-        mean = (self._sums["loss"] / weight).masked_fill(weight == 0, math.nan)
+        mean: Tensor = (loss / weight).masked_fill(weight == 0, math.nan)
         if self.nan_policy == "propagate":
             mean = mean.masked_fill(count("positive_infinite") > 0, math.inf)
             mean = mean.masked_fill(count("negative_infinite") > 0, -math.inf)
             both = (count("positive_infinite") > 0) & (count("negative_infinite") > 0)
             mean = mean.masked_fill((count("nan") > 0) | both, math.nan)
         elif self.nan_policy == "raise":
-            mean = mean.masked_fill(self.num_nonfinite > 0, math.nan)
-        return mean.masked_fill((count("out_of_range") + count("invalid_weight")) > 0, math.nan)
+            mean = mean.masked_fill((self.num_nonfinite > 0).any(), math.nan)
+        invalid = count("out_of_range") + count("improper") + count("invalid_weight")
+        if isinstance(self.tally, GroupTally):
+            invalid = invalid + self.tally.groupless_on_device()
+        return mean.masked_fill(invalid > 0, math.nan)
+
+    @property
+    def mean(self) -> Tensor:
+        """See `ExactReading.mean`."""
+        return self.cross_entropy
 
     @property
     def bits_per_token(self) -> Tensor:
@@ -211,10 +247,15 @@ class DeviceReading:
         """See `ExactReading.perplexity`."""
         return self.cross_entropy.exp()
 
-    @cached_property
+    @property
     def cross_entropy_stderr(self) -> Tensor:
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
-        mean, sums = self.cross_entropy, self._sums
+        if self._stderr is None:
+            self._stderr = self._compute_stderr()
+        return self._stderr
+
+    def _compute_stderr(self) -> Tensor:
+        mean, sums = self.cross_entropy, self.sums
         count = self.tally.count_on_device("sequences")
         squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
         stderr = (count / (count - 1) * squares.clamp(min=0)).sqrt() / sums["weight"]
@@ -222,12 +263,12 @@ class DeviceReading:
         invalid = (count < 2) | (self.tally.count_on_device("wide_sequences") > 0) | too_coarse | ~mean.isfinite()
         return stderr.masked_fill(invalid, math.nan)
 
-    @cached_property
+    @property
     def cross_entropy_lower(self) -> Tensor:
         """See `ExactReading.cross_entropy_lower`."""
         return self.cross_entropy - normal_quantile(self.confidence) * self.cross_entropy_stderr
 
-    @cached_property
+    @property
     def cross_entropy_upper(self) -> Tensor:
         """See `ExactReading.cross_entropy_upper`."""
         return self.cross_entropy + normal_quantile(self.confidence) * self.cross_entropy_stderr
@@ -241,6 +282,16 @@ class DeviceReading:
     def perplexity_upper(self) -> Tensor:
         """See `ExactReading.perplexity_upper`."""
         return self.cross_entropy_upper.exp()
+
+    @property
+    def normalized_cross_entropy(self) -> Tensor:
+        """See `GroupReading.normalized_cross_entropy`."""
+        assert isinstance(self.tally, GroupTally)
+        overall = DeviceReading(self.tally.overall(), self.nan_policy).cross_entropy
+        weight = self.sums["weight"]
+        entropy = torch.special.entr(weight / weight.sum()).sum()
+        undefined = (entropy == 0) | (self.tally.groupless_on_device() > 0)
+        return torch.div(overall, entropy).masked_fill(undefined, math.nan)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -259,9 +310,90 @@ class DeviceReading:
         return count("positive_infinite") + count("negative_infinite") + count("nan")
 
 
+@dataclass(frozen=True)
+class GroupReading:
+    """Readings of a group tally on the host, each correctly rounded but for the entropy, which is some 1e-15 off.
+
+    Attributes:
+        totals: The tally.
+        nan_policy: As in `ExactReading`; it holds for each group by itself.
+    """
+
+    totals: GroupTotals
+    nan_policy: NanPolicy = "propagate"
+
+    @property
+    def cross_entropy(self) -> list[float]:
+        """Cross-entropy of each group in nats; NaN without targets."""
+        return self._means(Fraction(1))
+
+    @property
+    def bits_per_token(self) -> list[float]:
+        """Cross-entropy of each group in bits."""
+        return self._means(_LN_2)
+
+    @property
+    def overall(self) -> ExactReading:
+        """What all targets together read."""
+        return ExactReading(self.totals.everything, self.nan_policy)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy in nats of the frequencies of the groups, a target counting as its weight; NaN without targets."""
+        whole = self.totals.everything.weight
+        if not whole:
+            return math.nan
+        # Each logarithm is taken where it is accurate: log1p of what is missing for a group of more than half.
+        return math.fsum(
+            -part / whole * (math.log(part / whole) if 2 * part < whole else math.log1p((part - whole) / whole))
+            for part in self.totals.weight
+            if part
+        )
+
+    @property
+    def normalized_cross_entropy(self) -> float:
+        """Cross-entropy over the entropy of the frequencies; NaN where that is 0, and without targets."""
+        entropy = self.entropy
+        return self.overall.cross_entropy / entropy if entropy else math.nan
+
+    def _means(self, unit: Fraction) -> list[float]:
+        """Divide loss by weight for each group; an integer over an integer is rounded once."""
+        self.overall.require_finite()
+        up, down = unit.denominator, unit.numerator
+        means = [
+            loss * up / (weight * down) if weight else math.nan
+            for loss, weight in zip(self.totals.loss, self.totals.weight, strict=True)
+        ]
+        if self.totals.everything.nonfinite and self.nan_policy == "propagate":
+            for group, (positive, negative, nan) in enumerate(self.totals.nonfinite):
+                if positive or negative or nan:
+                    both = positive and negative
+                    means[group] = math.nan if nan or both else math.inf if positive else -math.inf
+        return means
+
+
+def read_exactly(
+    tally: Tally | GroupTally, nan_policy: NanPolicy = "propagate", confidence: float = 0.95
+) -> ExactReading | GroupReading:
+    """Copy a tally to the host and read it; raise if it counted what no reading can be trusted with."""
+    if isinstance(tally, GroupTally):
+        groups = tally.totals()
+        check_valid(groups.everything, groups.groupless)
+        return GroupReading(groups, nan_policy)
+    totals = tally.totals()
+    check_valid(totals)
+    return ExactReading(totals, nan_policy, confidence)
+
+
 def normal_quantile(confidence: float) -> float:
     """Return how many standard errors on either side cover a normal mean with this probability."""
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    quantile: float = _inverse_cdf(0.5 + confidence / 2)
+    return quantile
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # It is C, which cannot be traced.
+def _inverse_cdf(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)
 
 
 def _exp(x: Fraction | float) -> float:

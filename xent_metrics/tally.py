@@ -7,6 +7,7 @@ perplexity, a standard error) is a *reading* of a tally, in `readings.py`.
 
 The sums are those of loss and weight, and of `S * S`, `S * W` and `W * W`, where S and W are the loss and the
 weight of one sequence: with them a standard error can treat a sequence, and not a token, as the unit that was drawn.
+A `GroupTally` is the same for each of many groups, without the sequences: a group may cut across them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xent_metrics.checks import WEIGHT_LIMIT
 from xent_metrics.exact import (
     FRACTION_BITS,
     LIMB_BITS,
@@ -29,22 +31,23 @@ from xent_metrics.exact import (
     to_int,
     widest_float,
 )
-from xent_metrics.losses import WEIGHT_LIMIT, TargetLosses
+from xent_metrics.losses import TargetLosses
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
-COUNTS = (
+TARGET_COUNTS = (
     "scored",
     "ignored",
     "out_of_range",
+    "improper",
     "invalid_weight",
     "positive_infinite",
     "negative_infinite",
     "nan",
-    "sequences",
-    "wide_sequences",
 )
+COUNTS = (*TARGET_COUNTS, "sequences", "wide_sequences")
 NUM_SUM_LIMBS = len(SUMS) * NUM_LIMBS
 STATE_SIZE = NUM_SUM_LIMBS + len(COUNTS)
+GROUP_SIZE = 2 * NUM_LIMBS + len(TARGET_COUNTS)
 
 SEQUENCE_BITS = 36
 """A sequence's loss and weight are squared in units of `2**-SEQUENCE_BITS`, so that their products are integers."""
@@ -52,6 +55,7 @@ SEQUENCE_BITS = 36
 _SEQUENCE_LIMIT = 2**26  # Nats, or weight, of a sequence that is sure to fit 63 bits in those units.
 _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and they stay in the cache.
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
+_BLOCK_GROUPED = 2**15  # Targets that are sorted into groups at a time, at `GROUP_SIZE` numbers each.
 
 
 @dataclass(frozen=True, eq=False)  # Tensors have no single truth; compare `totals()`.
@@ -61,28 +65,51 @@ class Tally:
     `+` returns canonical sums: two of its results for the same targets are equal bit for bit.
 
     Attributes:
-        state: One int64 tensor of `STATE_SIZE` numbers; save it, load it, or sum it over ranks.
+        state: One int64 tensor of `STATE_SIZE` numbers (on the last dimension, where several tallies stand side by
+            side); save it, load it, or sum it over ranks.
     """
 
     state: Tensor
 
     def __post_init__(self) -> None:
-        if self.state.dtype != torch.int64 or self.state.shape != (STATE_SIZE,):
+        if self.state.dtype != torch.int64 or self.state.shape[-1:] != (STATE_SIZE,):
             raise ValueError(
                 f"`state` must be an int64 tensor of {STATE_SIZE} numbers, got {self.state.dtype} of shape "
                 f"{tuple(self.state.shape)}; pass the `state` of another tally."
             )
 
     @classmethod
-    def zero(cls, device: torch.device | str | None = None) -> Tally:
+    def zero(cls, device: torch.device | str | None = None, num_tallies: int | None = None) -> Tally:
         """Return the tally of no targets at all, the identity of `+`."""
-        return cls(torch.zeros(STATE_SIZE, dtype=torch.int64, device=device))
+        shape = (STATE_SIZE,) if num_tallies is None else (num_tallies, STATE_SIZE)
+        return cls(torch.zeros(shape, dtype=torch.int64, device=device))
+
+    @classmethod
+    def stack(cls, *tallies: Tally) -> Tally:
+        """Put tallies side by side."""
+        return cls(torch.stack([tally.state for tally in tallies]))
+
+    def unbind(self) -> list[Tally]:
+        """Return the tallies that stand side by side; one that stands alone is the only one."""
+        return [Tally(state) for state in self.state.view(-1, STATE_SIZE).unbind()]
 
     def __add__(self, other: Tally) -> Tally:
         """Return the tally of both sets of targets, in canonical form."""
         state = self.state + other.state
-        sums = carry(state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS))
-        return Tally(torch.cat([sums.flatten(), state[NUM_SUM_LIMBS:]]))
+        sums = carry(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
+        return Tally(torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1))
+
+    def with_weight(self, weight: Tensor) -> Tally:
+        """Return the tally with another denominator, an integer, that its targets share; none for no targets."""
+        sums, counts = self.state[:NUM_SUM_LIMBS].clone(), self.state[NUM_SUM_LIMBS:].clone()
+        scored, invalid = counts[COUNTS.index("scored")], counts[COUNTS.index("invalid_weight")]
+        sums[NUM_LIMBS : 2 * NUM_LIMBS] = _ones_limb(weight.clamp(min=0) * (scored > 0))
+        invalid += weight < 0
+        return Tally(torch.cat([sums, counts]))
+
+    def cpu(self) -> Tally:
+        """Copy the tally to the host."""
+        return Tally(self.state.cpu())
 
     def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device."""
@@ -117,6 +144,7 @@ class Totals(NamedTuple):
     scored: int
     ignored: int
     out_of_range: int
+    improper: int
     invalid_weight: int
     positive_infinite: int
     negative_infinite: int
@@ -128,6 +156,78 @@ class Totals(NamedTuple):
     def nonfinite(self) -> int:
         """Number of scored targets whose loss was infinite (`2**94` nats or more count as such) or NaN."""
         return self.positive_infinite + self.negative_infinite + self.nan
+
+
+@dataclass(frozen=True, eq=False)
+class GroupTally:
+    """Exact sums of loss and weight, and counts, for each of many groups of targets.
+
+    Attributes:
+        state: One int64 tensor of shape (`GROUP_SIZE`, number of groups + 1); the last column is for targets that
+            have a group outside `[0, number of groups)`.
+    """
+
+    state: Tensor
+
+    @classmethod
+    def zero(cls, num_groups: int, device: torch.device | str | None = None) -> GroupTally:
+        """Return the tally of no targets at all, the identity of `+`."""
+        return cls(torch.zeros(GROUP_SIZE, num_groups + 1, dtype=torch.int64, device=device))
+
+    def __add__(self, other: GroupTally) -> GroupTally:
+        """Return the tally of both sets of targets, in canonical form."""
+        state = self.state + other.state
+        sums = carry(state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1))
+        return GroupTally(torch.cat([sums.movedim(-1, 1).flatten(0, 1), state[2 * NUM_LIMBS :]]))
+
+    def unbind(self) -> list[GroupTally]:
+        """Return the only tally there is, as `Tally.unbind` would."""
+        return [self]
+
+    def cpu(self) -> GroupTally:
+        """Copy the tally to the host."""
+        return GroupTally(self.state.cpu())
+
+    def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read loss and weight of each group in floating point, without leaving the device."""
+        limbs = self.state[: 2 * NUM_LIMBS, :-1].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1)
+        loss, weight = to_float(limbs, dtype)
+        return {"loss": loss, "weight": weight}
+
+    def count_on_device(self, name: str) -> Tensor:
+        """Return one of `TARGET_COUNTS` for each group, or for all together if it is a mistake, on the device."""
+        counts = self.state[2 * NUM_LIMBS + TARGET_COUNTS.index(name)]
+        return counts.sum() if name in ("out_of_range", "improper", "invalid_weight") else counts[:-1]
+
+    def groupless_on_device(self) -> Tensor:
+        """Return the number of scored targets that had no valid group, on the device."""
+        return self.state[2 * NUM_LIMBS + TARGET_COUNTS.index("scored"), -1]
+
+    def overall(self) -> Tally:
+        """Return the tally of all groups together, without sequences."""
+        sums, counts = self.state[: 2 * NUM_LIMBS, :-1].sum(1), self.state[2 * NUM_LIMBS :].sum(1)
+        return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts, counts.new_zeros(2)]))
+
+    def totals(self) -> GroupTotals:
+        """Copy the tally to the host, as Python integers."""
+        loss = [to_int(limbs) for limbs in self.state[:NUM_LIMBS, :-1].T.tolist()]
+        weight = [to_int(limbs) for limbs in self.state[NUM_LIMBS : 2 * NUM_LIMBS, :-1].T.tolist()]
+        nonfinite = self.state[-3:, :-1].T.tolist()
+        return GroupTotals(loss, weight, nonfinite, int(self.groupless_on_device()), self.overall().totals())
+
+
+class GroupTotals(NamedTuple):
+    """A group tally on the host: Python integers in units of `2**-64`, one for each group.
+
+    `nonfinite` counts infinite, minus infinite and NaN losses of each group; `groupless` scored targets without a
+    valid group, which are in `everything` only by their counts.
+    """
+
+    loss: list[int]
+    weight: list[int]
+    nonfinite: list[list[int]]
+    groupless: int
+    everything: Totals
 
 
 def tally_losses(losses: TargetLosses, weight: Tensor | None = None) -> Tally:
@@ -162,14 +262,37 @@ def tally_mean(mean: Tensor, count: Tensor) -> Tally:
     return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts * count, counts.new_zeros(2)]))
 
 
+def tally_groups(losses: TargetLosses, weight: Tensor | None, group: Tensor, num_groups: int) -> GroupTally:
+    """Tally per-target losses by group, in one pass whatever the number of groups; not carried yet.
+
+    Args:
+        losses: What `target_losses` returns.
+        weight: Weight of each target, as in `tally_losses`.
+        group: Group of each target, int64 of the same shape.
+        num_groups: Groups are in `[0, num_groups)`; targets of others are counted apart.
+    """
+    column = torch.where((group >= 0) & (group < num_groups), group, num_groups).flatten()
+    flat = losses.map(lambda x: x.view(1, -1))
+    weight = None if weight is None else weight.view(1, -1)
+    total = GroupTally.zero(num_groups, column.device)
+    for start in range(0, column.numel(), _BLOCK_GROUPED):
+        block = (slice(None), slice(start, start + _BLOCK_GROUPED))
+        part = _classify(flat.at(block), None if weight is None else weight[block])
+        rows = torch.cat([split(part.loss).squeeze(1), part.weight_limbs().squeeze(1), part.masks.squeeze(1)])
+        total.state.index_add_(1, column[block[1]], rows)
+    return total
+
+
 def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
     """Return the state of a few whole sequences, not yet carried."""
     length = losses.loss.shape[1]
     sums, counts = None, None
     for start in range(0, length, _BLOCK_TARGETS):
         block = (slice(None), slice(start, start + _BLOCK_TARGETS))
-        part, part_counts = _sum_targets(losses.at(block), None if weight is None else weight[block])
-        sums = part if sums is None else sums + part
+        part = _classify(losses.at(block), None if weight is None else weight[block])
+        part_sums = torch.stack([split(part.loss).sum(-1), part.weight_sum()], 1)
+        part_counts = part.masks.sum((-2, -1))
+        sums = part_sums if sums is None else sums + part_sums
         counts = part_counts if counts is None else counts + part_counts
     assert sums is not None
     assert counts is not None
@@ -177,13 +300,39 @@ def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
     return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
 
 
-def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum over the targets of each sequence.
+class _Classified(NamedTuple):
+    """What each target adds to a tally.
 
-    Returns:
-        Limbs of loss and weight, of shape (limbs, 2, sequences), and the first seven of `COUNTS`.
+    Attributes:
+        loss: Its weighted loss, 0 where it adds none.
+        norm: Its weight, 0 where it adds none; None for 1 except where it is left out.
+        left_out: Where it adds to no sum.
+        masks: `TARGET_COUNTS`, on a new first dimension.
     """
-    loss, norm, ignored, out_of_range = losses
+
+    loss: Tensor
+    norm: Tensor | None
+    left_out: Tensor
+    masks: Tensor
+
+    def weight_limbs(self) -> Tensor:
+        """Return the limbs of every weight, on a new first dimension."""
+        return _ones_limb((~self.left_out).to(torch.int64)) if self.norm is None else split(self.norm)
+
+    def weight_sum(self) -> Tensor:
+        """Return the limbs of each sequence's weight: a plain count where every weight is 1."""
+        return _ones_limb((~self.left_out).sum(-1)) if self.norm is None else split(self.norm).sum(-1)
+
+
+def _ones_limb(count: Tensor) -> Tensor:
+    """Return the limbs of integers."""
+    zero = torch.zeros_like(count)
+    return torch.stack([zero, zero, count, zero, zero])
+
+
+def _classify(losses: TargetLosses, weight: Tensor | None) -> _Classified:
+    """Decide for every target whether it is scored, and what it adds."""
+    loss, norm, ignored, out_of_range, improper = losses
     if weight is not None:
         ignored = ignored | (weight == 0)
         out_of_range = out_of_range & ~ignored
@@ -191,7 +340,10 @@ def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, T
             loss = loss * weight
             norm = weight if norm is None else norm * weight
     skipped = ignored | out_of_range
-    invalid = torch.zeros_like(skipped)
+    nothing = torch.zeros_like(skipped)
+    improper = nothing if improper is None else improper & ~skipped
+    skipped = skipped | improper
+    invalid = nothing
     if norm is not None:
         # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
         valid = (norm >= 0) & (norm < LIMIT)
@@ -202,18 +354,9 @@ def _sum_targets(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, T
     loss = loss.masked_fill(skipped, 0.0)
     positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
     left_out = skipped | positive | negative | nan
-    sums = torch.stack([split(loss.masked_fill(left_out, 0.0)).sum(-1), _sum_weights(norm, left_out)], 1)
-    masks = torch.stack([~skipped, ignored, out_of_range, invalid, positive, negative, nan])
-    return sums, masks.sum((-2, -1))
-
-
-def _sum_weights(norm: Tensor | None, left_out: Tensor) -> Tensor:
-    """Return the limbs of each sequence's weight: a plain count where every weight is 1."""
-    if norm is not None:
-        return split(norm.masked_fill(left_out, 0.0)).sum(-1)
-    count = (~left_out).sum(-1)
-    zero = torch.zeros_like(count)
-    return torch.stack([zero, zero, count, zero, zero])
+    masks = torch.stack([~skipped, ignored, out_of_range, improper, invalid, positive, negative, nan])
+    norm = None if norm is None else norm.masked_fill(left_out, 0.0)
+    return _Classified(loss.masked_fill(left_out, 0.0), norm, left_out, masks)
 
 
 def _multiply_sequences(sums: Tensor, length: int) -> tuple[Tensor, Tensor]:

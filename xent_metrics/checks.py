@@ -1,0 +1,339 @@
+"""What may be passed in: every check of an argument, each with one sentence that says what to do instead.
+
+Types, shapes and devices are looked at always, since that is free. Values are looked at where it is free too, on the
+CPU; elsewhere, and in compiled code, bad ones are counted with the targets and raise when they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+WEIGHT_LIMIT = 2.0**47
+"""Weights of targets and of classes are below this, so that their product fits the limbs of a tally."""
+
+_BYTES_LIMIT = 2**24  # Of one token: exact in float32 too.
+_LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
+
+
+def raises_now(values: Tensor) -> bool:
+    """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
+
+    Looking at a value on an accelerator would stall it, and compiled code cannot raise.
+    """
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_class_weight(class_weight: Tensor | None, input: str) -> None:
+    """Raise unless `class_weight` is None or a vector of finite weights that are not negative."""
+    if class_weight is None:
+        return
+    if input == "losses":
+        raise ValueError("`class_weight` must be None with `input='losses'`: weigh where the losses are made.")
+    if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point() or class_weight.dim() != 1:
+        raise TypeError(
+            f"`class_weight` must be a 1-D float tensor with a weight for each class, got {describe(class_weight)}."
+        )
+    _check_weights("class_weight", class_weight)
+
+
+def check_pos_weight(pos_weight: Tensor | None) -> None:
+    """Raise unless `pos_weight` is None or holds finite weights that are not negative."""
+    if pos_weight is None:
+        return
+    if not isinstance(pos_weight, Tensor) or not pos_weight.is_floating_point():
+        raise TypeError(
+            f"`pos_weight` must be a float tensor that is broadcastable to `target`, got {describe(pos_weight)}."
+        )
+    _check_weights("pos_weight", pos_weight)
+
+
+def _check_weights(name: str, weights: Tensor) -> None:
+    if not raises_now(weights):
+        return
+    bad = weights[~((weights >= 0) & (weights < WEIGHT_LIMIT))]
+    if bad.numel():
+        raise ValueError(
+            f"`{name}` must hold finite numbers that are not negative (and below 2**47), got {bad[0].item()}."
+        )
+
+
+def check_token_table(token_bytes: Tensor) -> None:
+    """Raise unless `token_bytes` is a vector of integers that can be numbers of bytes."""
+    if not isinstance(token_bytes, Tensor) or token_bytes.dim() != 1 or not is_integral(token_bytes):
+        raise TypeError(
+            f"`token_bytes` must be a 1-D integer tensor with the bytes of each token, got {describe(token_bytes)}; "
+            "build it with token_byte_lengths(tokenizer)."
+        )
+    if not raises_now(token_bytes):
+        return
+    bad = token_bytes[(token_bytes < 0) | (token_bytes >= _BYTES_LIMIT)]
+    if bad.numel():
+        raise ValueError(
+            f"`token_bytes` must hold numbers of bytes, not negative and below 2**24, got {bad[0].item()}; use 0 for "
+            "tokens that stand for no text."
+        )
+
+
+def check_num_classes(name: str, value: int, minimum: int = 1) -> None:
+    """Raise unless a number of classes or groups is a number of some."""
+    if not is_integer(value) or value < minimum:
+        raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+
+
+def check_tensors(
+    preds: Tensor, target: Tensor, input: str, class_dim: int, class_weight: Tensor | None, shift: bool
+) -> None:
+    """Raise on dtypes, shapes and devices that do not fit, and say what would."""
+    _check_pair(preds, target)
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(
+            f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long()."
+        )
+    if input == "losses":
+        _check_losses(preds, target)
+        return
+    if not -preds.dim() <= class_dim < preds.dim():
+        raise ValueError(f"`class_dim` must be a dimension of `preds`, got {class_dim} for shape {tuple(preds.shape)}.")
+    num_classes = preds.shape[class_dim]
+    if num_classes == 0:
+        raise ValueError(f"`preds` must have at least one class, got shape {tuple(preds.shape)}; check `class_dim`.")
+    if class_weight is not None:
+        check_device("class_weight", class_weight, preds)
+        if class_weight.shape != (num_classes,):
+            raise ValueError(
+                f"`class_weight` must have one weight for each of the {num_classes} classes, got "
+                f"{class_weight.numel()}."
+            )
+    _check_shapes(preds, target, class_dim)
+    if shift and preds.dim() < 2:
+        raise ValueError(
+            f"`preds` must have a dimension of time beside the classes with `shift=True`, got shape "
+            f"{tuple(preds.shape)}; leave `shift` out."
+        )
+
+
+def check_binary(preds: Tensor, target: Tensor, pos_weight: Tensor | None) -> None:
+    """Raise on dtypes, shapes and devices that do not fit binary predictions."""
+    _check_pair(preds, target)
+    if target.is_complex():
+        raise TypeError(f"`target` must hold 0, 1 or numbers between them, got {target.dtype}.")
+    if preds.shape != target.shape:
+        raise ValueError(
+            f"`preds` and `target` must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; two "
+            "columns of scores go to CrossEntropy."
+        )
+    if pos_weight is not None:
+        check_device("pos_weight", pos_weight, preds)
+        check_broadcastable("pos_weight", pos_weight, target.shape, "give one weight, or one for each column")
+
+
+def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) -> None:
+    """Raise unless a tensor can be expanded to target's shape."""
+    fits = value.dim() <= len(shape) and all(
+        own in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}` must be broadcastable to target's shape {tuple(shape)}, got {tuple(value.shape)}; {hint}."
+        )
+
+
+def check_weight(weight: Tensor, shape: torch.Size, preds: Tensor) -> None:
+    """Raise unless `weight` is a tensor of numbers or booleans for targets of this shape."""
+    if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
+        raise TypeError(f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}.")
+    check_device("weight", weight, preds)
+    check_broadcastable("weight", weight, shape, "class weights go to `class_weight`")
+
+
+def check_distributions(input: str) -> None:
+    """Raise if `input` does not say what the model's distribution is."""
+    if input == "losses":
+        raise ValueError(
+            "`input` must be 'logits', 'log_probs' or 'probs', got 'losses': a loss does not say what the entropy was."
+        )
+
+
+def check_hard(target: Tensor, reason: str) -> None:
+    """Raise unless targets are class indices."""
+    if target.is_floating_point():
+        raise TypeError(f"`target` must hold integer class indices, got {target.dtype}: {reason}.")
+
+
+def check_num_bytes(num_bytes: int | Tensor) -> None:
+    """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers."""
+    if isinstance(num_bytes, Tensor):
+        if not is_integral(num_bytes):
+            raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
+        negative = raises_now(num_bytes) and bool((num_bytes < 0).any())
+    elif not is_integer(num_bytes):
+        raise TypeError(f"`num_bytes` must be an integer or a tensor of integers, got {describe(num_bytes)}.")
+    else:
+        negative = num_bytes < 0
+    if negative:
+        raise ValueError(f"`num_bytes` must not be negative, got {num_bytes}; count the UTF-8 bytes of the text.")
+
+
+def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:
+    """Raise unless `group` is a tensor of integers for targets of this shape."""
+    if not isinstance(group, Tensor) or not is_integral(group) or group.layout != torch.strided:
+        raise TypeError(f"`group` must be a dense tensor of integers, got {describe(group)}; convert it with .long().")
+    check_device("group", group, preds)
+    check_broadcastable("group", group, shape, "give each target, or each sequence as a column, its group")
+
+
+def advice(preds: Tensor, input: str, class_dim: int | None) -> str:
+    """Say what the first rows of `preds` look like, if it is not what `input` says; `class_dim` is None if binary.
+
+    Only on the CPU, where a look is free, and only what most of the rows agree on, since some may be masked.
+    """
+    if preds.numel() == 0 or not raises_now(preds):
+        return ""
+    with torch.no_grad():
+        if class_dim is None:
+            return _advice_on_binary(_first_rows(preds, -1).reshape(-1)[:_LOOKED_AT], input)
+        return _advice_on_rows(_first_rows(preds, class_dim), input)
+
+
+def _first_rows(preds: Tensor, class_dim: int) -> Tensor:
+    """Return the first rows of classes in float64, without copying the rest."""
+    rows = preds.movedim(class_dim, -1) if preds.dim() else preds.view(1, 1)
+    while rows.dim() > 2:
+        inner = rows.shape[1:-1].numel()
+        rows = rows[: -(-_LOOKED_AT // inner)]
+        rows = rows[0] if inner >= _LOOKED_AT else rows.flatten(0, -2)
+    return rows.reshape(-1, rows.shape[-1])[:_LOOKED_AT].double()
+
+
+def _advice_on_rows(rows: Tensor, input: str) -> str:
+    if rows.shape[1] < 2:
+        return ""
+    in_range = ((rows >= 0) & (rows <= 1)).all(1)
+    excess = (rows.sum(1) - 1).abs()
+    if input == "logits" and _most(in_range & (excess < 1e-2)):
+        return "look like probabilities (in [0, 1], with sums of 1) but are read as logits; pass input='probs'."
+    if input == "probs" and _most(in_range & (excess > 5e-2)):
+        return (
+            "are read as probabilities but do not sum to 1, and are not renormalised; if they are scores, pass "
+            "input='logits'."
+        )
+    if input == "log_probs" and _most(rows.logsumexp(1).abs() > 0.1):
+        return (
+            "are read as log-probabilities but their exponentials do not sum to 1; pass input='logits' to normalise "
+            "them."
+        )
+    return ""
+
+
+def _most(rows: Tensor) -> bool:
+    return int(rows.sum()) * 2 > len(rows)
+
+
+def _advice_on_binary(values: Tensor, input: str) -> str:
+    """Ask for several logits, all in [0, 1] and on both sides of 0.5: those of an untrained model are around 0."""
+    if input != "logits" or len(values) < _LOOKED_AT // 4:
+        return ""
+    low, high = values.aminmax()
+    if 0 <= low < 0.5 < high <= 1:
+        return "look like probabilities (all in [0, 1]) but are read as logits; pass input='probs'."
+    return ""
+
+
+def _check_pair(preds: Tensor, target: Tensor) -> None:
+    for name, value in (("preds", preds), ("target", target)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor.")
+        if value.layout != torch.strided:
+            raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
+    if preds.dtype not in FLOATS:
+        raise TypeError(
+            f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float()."
+        )
+    if preds.device != target.device:
+        raise ValueError(
+            f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."
+        )
+
+
+def check_device(name: str, value: Tensor, preds: Tensor) -> None:
+    """Raise unless a tensor is where `preds` are."""
+    if value.device != preds.device:
+        raise ValueError(
+            f"`{name}` must be on the device of `preds`, {preds.device}, got {value.device}; move it, or the metric, "
+            "with .to()."
+        )
+
+
+def _check_losses(preds: Tensor, target: Tensor) -> None:
+    if target.is_floating_point():
+        raise TypeError(f"`target` must hold integers with `input='losses'`, got {target.dtype}: it gives the mask.")
+    if preds.shape != target.shape:
+        raise ValueError(
+            f"`preds` must have target's shape with `input='losses'`, got {tuple(preds.shape)} and "
+            f"{tuple(target.shape)}; compute them with reduction='none', or pass `input='logits'`."
+        )
+
+
+def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
+    expected = without(preds.shape, class_dim)
+    if target.is_floating_point():
+        if target.shape == preds.shape:
+            return
+        if target.shape == expected:
+            raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; convert it with .long().")
+        raise ValueError(
+            f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape "
+            f"{tuple(preds.shape)}, got {tuple(target.shape)}; pass class indices as integers."
+        )
+    if target.shape != expected:
+        raise ValueError(
+            f"`target` must have the shape {tuple(expected)} for `preds` of shape {tuple(preds.shape)} with classes on "
+            f"dimension {class_dim}, got {tuple(target.shape)}; {_shape_hint(preds.shape, target.shape, expected)}."
+        )
+
+
+def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> str:
+    """Say which change would make the shapes fit."""
+    fitting = [dim for dim in range(len(preds)) if without(preds, dim) == target]
+    if fitting:
+        return f"it would fit with class_dim={fitting[0]}"
+    if target == preds:
+        return "integers of preds' shape look like one-hot targets: pass their argmax, or floats for soft targets"
+    if len(target) == len(expected):
+        differing = [dim for dim in range(len(target)) if target[dim] != expected[dim]]
+        if len(differing) == 1 and abs(target[differing[0]] - expected[differing[0]]) == 1:
+            return "they are one apart: shift, so that preds[:, :-1] is scored against target[:, 1:]"
+    return "give every row of classes in `preds` one target"
+
+
+def describe(value: Any) -> str:
+    """Say what was passed, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def without(shape: torch.Size, dim: int) -> torch.Size:
+    """Return a shape without one of its dimensions."""
+    dim %= len(shape)
+    return shape[:dim] + shape[dim + 1 :]
+
+
+def is_integral(x: Tensor) -> bool:
+    """Say whether a tensor holds integers, which booleans are not."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def is_integer(value: Any) -> bool:
+    """Say whether a value is an int and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Say whether a value is an int or a float and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
