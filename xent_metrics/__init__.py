@@ -14,6 +14,7 @@ from xent_metrics.metrics import (
     Perplexity,
 )
 from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
 
 __version__ = "0.1.0"
 
@@ -30,5 +31,7 @@ __all__ = [
     "NormalizedCrossEntropy",
     "Perplexity",
     "Tally",
+    "check_token_bytes",
     "functional",
+    "token_byte_lengths",
 ]

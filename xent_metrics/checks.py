@@ -62,21 +62,22 @@ def _check_weights(name: str, weights: Tensor) -> None:
         )
 
 
-def check_token_table(token_bytes: Tensor) -> None:
-    """Raise unless `token_bytes` is a vector of integers that can be numbers of bytes."""
+def as_token_table(token_bytes: Tensor) -> Tensor:
+    """Return `token_bytes` as int64; raise unless it is a vector of integers that can be numbers of bytes."""
     if not isinstance(token_bytes, Tensor) or token_bytes.dim() != 1 or not is_integral(token_bytes):
         raise TypeError(
             f"`token_bytes` must be a 1-D integer tensor with the bytes of each token, got {describe(token_bytes)}; "
             "build it with token_byte_lengths(tokenizer)."
         )
-    if not raises_now(token_bytes):
-        return
-    bad = token_bytes[(token_bytes < 0) | (token_bytes >= _BYTES_LIMIT)]
-    if bad.numel():
-        raise ValueError(
-            f"`token_bytes` must hold numbers of bytes, not negative and below 2**24, got {bad[0].item()}; use 0 for "
-            "tokens that stand for no text."
-        )
+    table = token_bytes.to(torch.int64)
+    if raises_now(table):
+        bad = table[(table < 0) | (table >= _BYTES_LIMIT)]
+        if bad.numel():
+            raise ValueError(
+                f"`token_bytes` must hold numbers of bytes, not negative and below 2**24, got {bad[0].item()}; use 0 "
+                "for tokens that stand for no text."
+            )
+    return table
 
 
 def check_num_classes(name: str, value: int, minimum: int = 1) -> None:

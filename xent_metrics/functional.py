@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xent_metrics.checks import (
     WEIGHT_LIMIT,
+    as_token_table,
     check_class_weight,
     check_device,
     check_distributions,
@@ -21,7 +22,6 @@ from xent_metrics.checks import (
     check_num_bytes,
     check_num_classes,
     check_pos_weight,
-    check_token_table,
     check_weight,
     raises_now,
     without,
@@ -160,7 +160,7 @@ def bits_per_byte(
     """
     check_reading(nan_policy)
     if token_bytes is not None:
-        check_token_table(token_bytes)
+        token_bytes = as_token_table(token_bytes)
     options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
     return _read(tally_per_byte(preds, target, num_bytes, weight, options, token_bytes), nan_policy).bits_per_token
 

@@ -17,11 +17,11 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.checks import (
     advice,
+    as_token_table,
     check_class_weight,
     check_distributions,
     check_num_classes,
     check_pos_weight,
-    check_token_table,
 )
 from xent_metrics.exact import widest_float
 from xent_metrics.functional import (
@@ -455,10 +455,8 @@ class CrossEntropyReport(_LossMetric):
         **kwargs: Any,
     ) -> None:
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
-        if token_bytes is not None:
-            check_token_table(token_bytes)
         zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
-        tensors = {} if token_bytes is None else {"token_bytes": token_bytes}
+        tensors = {} if token_bytes is None else {"token_bytes": as_token_table(token_bytes)}
         super().__init__(options, nan_policy, confidence, zero, tensors, **kwargs)
 
     def _read(
@@ -513,10 +511,9 @@ class BitsPerByte(_TallyMetric):
         nan_policy: NanPolicy = "propagate",
         **kwargs: Any,
     ) -> None:
-        if token_bytes is not None:
-            check_token_table(token_bytes)
+        table = None if token_bytes is None else as_token_table(token_bytes)
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
-        super().__init__(options, nan_policy, tensors={"token_bytes": token_bytes}, **kwargs)
+        super().__init__(options, nan_policy, tensors={"token_bytes": table}, **kwargs)
 
     def update(
         self,
