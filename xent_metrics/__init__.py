@@ -1,6 +1,7 @@
 """Likelihood metrics for PyTorch whose numbers can be trusted to the last bit."""
 
 from xent_metrics import functional
+from xent_metrics.distributed import unrepeated
 from xent_metrics.metrics import (
     BinaryCrossEntropy,
     BitsPerByte,
@@ -12,6 +13,7 @@ from xent_metrics.metrics import (
     GroupedCrossEntropy,
     NormalizedCrossEntropy,
     Perplexity,
+    compute_together,
 )
 from xent_metrics.tally import GroupTally, Tally
 from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
@@ -32,6 +34,8 @@ __all__ = [
     "Perplexity",
     "Tally",
     "check_token_bytes",
+    "compute_together",
     "functional",
     "token_byte_lengths",
+    "unrepeated",
 ]

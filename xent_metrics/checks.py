@@ -1,7 +1,8 @@
 """What may be passed in: every check of an argument, each with one sentence that says what to do instead.
 
 Types, shapes and devices are looked at always, since that is free. Values are looked at where it is free too, on the
-CPU; elsewhere, and in compiled code, bad ones are counted with the targets and raise when they are read.
+CPU; elsewhere, in compiled code and among several ranks, bad ones are counted with the targets and raise when they are
+read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from xent_metrics.distributed import is_distributed, is_dtensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,12 +23,17 @@ _BYTES_LIMIT = 2**24  # Of one token: exact in float32 too.
 _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
 
 
+def free_to_look(values: Tensor) -> bool:
+    """Say whether values can be looked at: that would stall an accelerator, and compiled code cannot branch on them."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def raises_now(values: Tensor) -> bool:
     """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
 
-    Looking at a value on an accelerator would stall it, and compiled code cannot raise.
+    Among several ranks one that raised would let the others wait for it; what is counted raises on all of them.
     """
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return free_to_look(values) and not is_distributed()
 
 
 def check_class_weight(class_weight: Tensor | None, input: str) -> None:
@@ -53,7 +61,7 @@ def check_pos_weight(pos_weight: Tensor | None) -> None:
 
 
 def _check_weights(name: str, weights: Tensor) -> None:
-    if not raises_now(weights):
+    if not free_to_look(weights):
         return
     bad = weights[~((weights >= 0) & (weights < WEIGHT_LIMIT))]
     if bad.numel():
@@ -70,7 +78,7 @@ def as_token_table(token_bytes: Tensor) -> Tensor:
             "build it with token_byte_lengths(tokenizer)."
         )
     table = token_bytes.to(torch.int64)
-    if raises_now(table):
+    if free_to_look(table):
         bad = table[(table < 0) | (table >= _BYTES_LIMIT)]
         if bad.numel():
             raise ValueError(
@@ -193,7 +201,7 @@ def advice(preds: Tensor, input: str, class_dim: int | None) -> str:
 
     Only on the CPU, where a look is free, and only what most of the rows agree on, since some may be masked.
     """
-    if preds.numel() == 0 or not raises_now(preds):
+    if preds.numel() == 0 or not free_to_look(preds) or is_dtensor(preds):
         return ""
     with torch.no_grad():
         if class_dim is None:

@@ -7,6 +7,7 @@ looking at them is free, on the CPU; elsewhere, and in compiled code, they are c
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from xent_metrics.checks import (
     check_num_classes,
     check_pos_weight,
     check_weight,
+    free_to_look,
     raises_now,
     without,
 )
+from xent_metrics.distributed import is_distributed
 from xent_metrics.exact import LIMIT, widest_float
 from xent_metrics.losses import (
     BinaryInput,
@@ -42,8 +45,20 @@ from xent_metrics.losses import (
     target_entropies,
     target_losses,
 )
-from xent_metrics.readings import DIFFERENCE, DeviceReading, ExactReading, NanPolicy, Unit, check_reading, check_unit
+from xent_metrics.readings import (
+    DIFFERENCE,
+    DeviceReading,
+    ExactReading,
+    NanPolicy,
+    Unit,
+    check_reading,
+    check_unit,
+    check_valid,
+)
 from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "binary_cross_entropy",
@@ -377,6 +392,7 @@ def tally_batch(
     options: LossOptions,
     class_weight: Tensor | None = None,
     token_bytes: Tensor | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tally:
     """Tally a batch (not carried) with options that have been checked; raise on bad values where that is free.
 
@@ -386,11 +402,11 @@ def tally_batch(
         losses, weight = _score(preds, target, weight, options, class_weight)
         if token_bytes is None:
             _raise_invalid(losses, weight, preds, target, options)
-            return tally_losses(losses, weight)
+            return tally_losses(losses, weight, sequence_group)
         per_byte = _per_byte(losses, preds, target, options, token_bytes)
         losses = losses._replace(out_of_range=per_byte.out_of_range)
         _raise_invalid(losses, weight, preds, target, options, len(token_bytes))
-        return Tally.stack(tally_losses(losses, weight), tally_losses(per_byte, weight))
+        return Tally.stack(tally_losses(losses, weight, sequence_group), tally_losses(per_byte, weight))
 
 
 def tally_per_byte(
@@ -474,7 +490,12 @@ def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, op
 
 
 def tally_difference(
-    preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+    preds_a: Tensor,
+    preds_b: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tally:
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with torch.no_grad():
@@ -482,7 +503,7 @@ def tally_difference(
         second, weight = _score(preds_b, target, weight, options)
         for preds, losses in ((preds_a, first), (preds_b, second)):
             _raise_invalid(losses, weight, preds, target, options)
-        return tally_losses(difference(first, second), weight)
+        return tally_losses(difference(first, second), weight, sequence_group)
 
 
 def tally_binary(
@@ -499,9 +520,14 @@ def tally_binary(
 
 def _read(batch: Tally | GroupTally, nan_policy: NanPolicy, confidence: float = 0.95) -> DeviceReading:
     """Read the tally of a batch; raise on losses that are not finite where that is asked for, and free."""
-    if nan_policy == "raise" and raises_now(batch.state):
-        overall = batch.overall() if isinstance(batch, GroupTally) else batch
-        ExactReading(overall.totals(), nan_policy).require_finite()
+    counted = is_distributed() and free_to_look(batch.state)  # Instead of raised already.
+    if counted or (nan_policy == "raise" and raises_now(batch.state)):
+        if isinstance(batch, GroupTally):
+            totals, groupless = batch.overall().totals(), int(batch.groupless_on_device())
+        else:
+            totals, groupless = batch.totals(), 0
+        check_valid(totals, groupless)
+        ExactReading(totals, nan_policy).require_finite()
     return DeviceReading(batch, nan_policy, confidence)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xent_metrics.checks import check_binary, check_num_classes, check_tensors, is_integer, is_number, without
+from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
 from xent_metrics.exact import widest_float
 
 Input = Literal["logits", "log_probs", "probs", "losses"]
@@ -216,7 +217,8 @@ def target_losses(
     """Compute the loss of every target, without synchronising with the device and without autograd.
 
     Args:
-        preds: Scores with classes on `options.class_dim`, or losses of target's shape with `input="losses"`.
+        preds: Scores with classes on `options.class_dim`, or losses of target's shape with `input="losses"`; logits may
+            be a DTensor that is sharded over the classes.
         target: Class indices of any integer dtype, of `preds`' shape without the class dimension; or soft targets,
             floats of `preds`' shape.
         options: How losses are made.
@@ -230,6 +232,11 @@ def target_losses(
     with torch.no_grad():
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(preds))
+        if is_dtensor(preds):
+            shard = vocab_shard(preds, options.class_dim)
+            if shard is not None:
+                return _score_shard(shard, preds.shape, target, options, class_weight)
+            preds = preds.to_local()  # type: ignore[attr-defined]
         preds, target = shifted(preds, target, options)
         if target.is_floating_point():
             return _score_soft(preds, target, options, class_weight).as_sequences(
@@ -361,6 +368,67 @@ def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight
             nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
         loss[rows] = nll
     return TargetLosses(loss, norm, ignored, out_of_range, improper)
+
+
+def _score_shard(
+    shard: VocabShard, shape: torch.Size, target: Tensor, options: LossOptions, class_weight: Tensor | None
+) -> TargetLosses:
+    """Score class indices with logits of which each rank has some classes, in two small collectives.
+
+    What ranks exchange is the largest logit of each row, and then the sums of exponentials and the target's logit.
+    """
+    if options.input != "logits" or target.is_floating_point():
+        raise ValueError(
+            f"`preds` that are sharded over the classes must be logits with integer targets, got input="
+            f"{options.input!r} and {target.dtype} targets; gather them with full_tensor()."
+        )
+    num_classes = shape[options.class_dim]
+    logits, target = shifted(shard.logits, target, options)
+    index = as_index(target).reshape(-1)
+    ignored = torch.zeros_like(index, dtype=torch.bool)
+    if options.ignore_index is not None:
+        ignored = index == options.ignore_index
+    out_of_range = ~((index >= 0) & (index < num_classes) | ignored)
+    index = index.masked_fill(ignored | out_of_range, 0)
+    smoothing = options.smoothing(num_classes)
+
+    rows = logits.movedim(options.class_dim, -1)
+    width = rows.shape[-1]
+    max_rows = max(2, _BUFFER_BYTES.get(logits.device.type, _ACCELERATOR_BUFFER_BYTES) // (4 * max(1, width)))
+    dtype = compute_dtype(logits)
+    top = torch.full(index.shape, -math.inf, dtype=dtype, device=index.device)
+    for block, (part,) in _row_blocks([rows], max_rows):
+        if width:
+            top[block] = part.reshape(-1, width).amax(1).to(dtype)
+    top = max_over_ranks(top, shard.group)
+
+    local = index - shard.offset
+    here = (local >= 0) & (local < width)
+    local = local.masked_fill(~here, 0)
+    own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
+    # Of each row: sum of exponentials, the target's logit, and the sum of all logits; each relative to the largest.
+    sums = torch.zeros(3, len(index), dtype=dtype, device=index.device)
+    for block, (part,) in _row_blocks([rows], max_rows):
+        if not width:
+            continue
+        relative = part.reshape(-1, width).to(dtype) - top[block, None]
+        sums[0, block] = relative.exp().sum(1)
+        sums[1, block] = relative.gather(1, local[block, None]).squeeze(1).masked_fill(~here[block], 0.0)
+        if smoothing:
+            _weigh(relative, own_weight)
+            sums[2, block] = relative.sum(1)
+    exponentials, of_target, of_all = sum_over_ranks(sums, shard.group)
+
+    log_sum = exponentials.log()
+    loss = log_sum - of_target
+    norm = None if class_weight is None else class_weight[index]
+    if norm is not None:
+        loss.mul_(norm).masked_fill_(norm == 0, 0.0)
+    if smoothing:
+        weight_of_all = num_classes if class_weight is None else class_weight.sum()
+        loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()
+        loss.sub_(of_all - log_sum * weight_of_all, alpha=smoothing / num_classes)
+    return TargetLosses(loss, norm, ignored, out_of_range).as_sequences(target.shape)
 
 
 def _score_soft(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:

@@ -5,13 +5,16 @@ All of them hold one state, a single int64 tensor, and add to it. They differ in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.data import _squeeze_if_scalar
+from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
@@ -23,6 +26,7 @@ from xent_metrics.checks import (
     check_num_classes,
     check_pos_weight,
 )
+from xent_metrics.distributed import is_distributed, sum_over_ranks
 from xent_metrics.exact import widest_float
 from xent_metrics.functional import (
     decomposed,
@@ -48,6 +52,50 @@ from xent_metrics.readings import (
 )
 from xent_metrics.tally import GroupTally, Tally
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Compute several metrics of this library in one collective, where each `compute` would be one of its own.
+
+    Args:
+        metrics: The metrics by name, the same ones in the same order on every rank; a `MetricCollection` is fine.
+
+    Returns:
+        What `compute` returns, by the same names. The metrics are left as they are.
+
+    Raises:
+        TypeError: If a metric is not of this library.
+        ValueError: If they have different process groups, or synchronize by a function of their own; and whatever
+            their `compute` raises, on every rank.
+
+    >>> metrics = {"train": CrossEntropy(), "val": Perplexity()}
+    >>> for metric in metrics.values():
+    ...     metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
+    >>> compute_together(metrics)
+    {'train': tensor(2.0794, dtype=torch.float64), 'val': tensor(8.0000, dtype=torch.float64)}
+    """
+    named = dict(metrics.items())
+    for name, metric in named.items():
+        if not isinstance(metric, _TallyMetric):
+            raise TypeError(
+                f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
+                "itself."
+            )
+    own = [metric for metric in named.values() if isinstance(metric, _TallyMetric)]
+    if len({id(metric.process_group) for metric in own}) > 1 or any(metric.dist_sync_fn for metric in own):
+        raise ValueError(
+            "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
+        )
+    tallies = [metric.tally for metric in own]
+    if own and is_distributed():
+        packed = sum_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), own[0].process_group)
+        parts = packed.split([tally.state.numel() for tally in tallies])
+        tallies = [type(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
+    values = [_squeeze_if_scalar(metric._value_of(tally)) for metric, tally in zip(own, tallies, strict=True)]
+    return dict(zip(named, values, strict=True))
+
 
 class _TallyMetric(Metric):
     """A tally with a reading; subclasses say how a batch is tallied, and which reading.
@@ -57,6 +105,7 @@ class _TallyMetric(Metric):
         nan_policy: See `CrossEntropy`.
         confidence: See `CrossEntropyReport`.
         zero: The tally of nothing.
+        sequence_group: See `CrossEntropyReport`.
         tensors: Tensors that also decide an update, by the names of the attributes that they become.
         **kwargs: torchmetrics' own.
     """
@@ -75,6 +124,7 @@ class _TallyMetric(Metric):
         confidence: float = 0.95,
         zero: Tally | GroupTally | None = None,
         tensors: Mapping[str, Tensor | None] | None = None,
+        sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -82,6 +132,7 @@ class _TallyMetric(Metric):
         self.options = options
         self.nan_policy = nan_policy
         self.confidence = confidence
+        self.sequence_group = sequence_group
         zero = Tally.zero() if zero is None else zero
         self._tally_type = type(zero)
         self._tensor_names = tuple(tensors or ())
@@ -91,7 +142,8 @@ class _TallyMetric(Metric):
         # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
         # So the name carries all that decides an update, and nothing that only decides a reading.
         values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
-        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values))
+        ranks = None if sequence_group is None else torch.distributed.get_process_group_ranks(sequence_group)
+        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values, ranks))
         self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
         self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
 
@@ -130,7 +182,8 @@ class _TallyMetric(Metric):
         try:
             with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.dist_sync_on_step):
                 parts = self._parts(self.tally)
-                value = self._read(*(DeviceReading(part, self.nan_policy, self.confidence) for part in parts))
+                readings = (DeviceReading(part, self.nan_policy, self.confidence) for part in parts)
+                value = _squeeze_if_scalar(self._read(*readings))  # As torchmetrics does with what `compute` returns.
         finally:
             self.tally = accumulated
         self._update_count += 1
@@ -139,13 +192,38 @@ class _TallyMetric(Metric):
         return value
 
     def compute(self) -> Any:
-        """Read the tally; see the class for what the numbers mean.
+        """Read the tally, of all ranks together; see the class for what the numbers mean.
+
+        Ranks exchange the tally in one `all_reduce`, and all of them have to call this.
 
         Raises:
             ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
-                non-finite losses under `nan_policy="raise"`. The state is kept.
+                non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
         """
-        parts = self._parts(self.tally.cpu())
+        return self._value_of(self.tally)
+
+    def sync_context(self, **kwargs: Any) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Synchronize as torchmetrics does, and go back to the tally of this rank also after an error."""
+        return self._synced(**kwargs)
+
+    @contextmanager
+    def _synced(self, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
+        self.sync(**kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        """Add up the tallies of all ranks: one collective of a fixed size, and no barrier."""
+        if dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
+        self.tally = self._tally_type(sum_over_ranks(self.tally.state, process_group or self.process_group))
+
+    def _value_of(self, tally: Any) -> Any:
+        """Return what `compute` returns for a tally."""
+        parts = self._parts(tally.cpu())
         return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
@@ -255,7 +333,7 @@ class _LossMetric(_TallyMetric):
     def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
         assert isinstance(self.options, LossOptions)
         class_weight, token_bytes = getattr(self, "class_weight", None), getattr(self, "token_bytes", None)
-        return tally_batch(preds, target, weight, self.options, class_weight, token_bytes)
+        return tally_batch(preds, target, weight, self.options, class_weight, token_bytes, self.sequence_group)
 
 
 class CrossEntropy(_LossMetric):
@@ -285,11 +363,16 @@ class CrossEntropy(_LossMetric):
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and
             their weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite.
-        **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`.
+        **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`. Only ranks that hold different
+            targets are to be added up: pass the data-parallel group where others hold the same targets.
 
     Shapes:
         `preds`: `(..., K)` for `class_dim=-1`; `target`: `(...)`, or `(..., K)` for soft targets; `weight`:
         broadcastable to `(...)`. In soft targets `0 * log 0` is 0, where `F.cross_entropy` gives NaN.
+
+        Logits may be a DTensor that is sharded over the classes, as `ColwiseParallel(use_local_output=False)` gives, or
+        `DTensor.from_local(part, tensor_mesh, [Shard(-1)])`. They are never gathered: an update exchanges the largest
+        logit of each row, and then two numbers of each. Losses then agree with those of whole rows to 1e-6.
 
     Returns:
         A float64 scalar (float32 where the device has no float64), in `unit`. NaN without targets.
@@ -408,6 +491,9 @@ class CrossEntropyReport(_LossMetric):
     Args:
         token_bytes: Bytes of each token, as in `BitsPerByte`; adds `bits_per_byte` to the values.
         confidence: Probability that the interval covers the mean over all sequences that might have been drawn.
+        sequence_group: The ranks that hold other targets of the same sequences, as with context or sequence
+            parallelism; all of them update with the same number of sequences, and each update is one small collective.
+            Without it, the part of a sequence that is on one rank counts as a sequence, and the interval is too narrow.
 
     The other arguments, shapes and errors are those of `CrossEntropy`.
 
@@ -452,12 +538,13 @@ class CrossEntropyReport(_LossMetric):
         token_bytes: Tensor | None = None,
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
+        sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
         zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
         tensors = {} if token_bytes is None else {"token_bytes": as_token_table(token_bytes)}
-        super().__init__(options, nan_policy, confidence, zero, tensors, **kwargs)
+        super().__init__(options, nan_policy, confidence, zero, tensors, sequence_group, **kwargs)
 
     def _read(
         self, reading: ExactReading | DeviceReading, per_byte: ExactReading | DeviceReading | None = None
@@ -821,6 +908,7 @@ class CrossEntropyDifference(_TallyMetric):
 
     Args:
         confidence: Probability that the intervals cover the difference over all sequences that might have been drawn.
+        sequence_group: As in `CrossEntropyReport`.
 
     The other arguments, shapes and errors are those of `CrossEntropy`. Where both losses are infinite their difference
     is NaN.
@@ -853,10 +941,11 @@ class CrossEntropyDifference(_TallyMetric):
         shift: bool = False,
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
+        sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
-        super().__init__(options, nan_policy, confidence, **kwargs)
+        super().__init__(options, nan_policy, confidence, sequence_group=sequence_group, **kwargs)
 
     def update(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch; see `CrossEntropy.update`.
@@ -871,7 +960,7 @@ class CrossEntropyDifference(_TallyMetric):
 
     def _tally_batch(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
         assert isinstance(self.options, LossOptions)
-        return tally_difference(preds_a, preds_b, target, weight, self.options)
+        return tally_difference(preds_a, preds_b, target, weight, self.options, self.sequence_group)
 
     def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
         self, preds_a: Tensor, preds_b: Tensor, *_: Any, **__: Any

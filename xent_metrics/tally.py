@@ -13,12 +13,13 @@ A `GroupTally` is the same for each of many groups, without the sequences: a gro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xent_metrics.checks import WEIGHT_LIMIT
+from xent_metrics.distributed import sum_over_ranks
 from xent_metrics.exact import (
     FRACTION_BITS,
     LIMB_BITS,
@@ -32,6 +33,9 @@ from xent_metrics.exact import (
     widest_float,
 )
 from xent_metrics.losses import TargetLosses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 SUMS = ("loss", "weight", "loss_loss", "loss_weight", "weight_weight")
 TARGET_COUNTS = (
@@ -230,15 +234,21 @@ class GroupTotals(NamedTuple):
     everything: Totals
 
 
-def tally_losses(losses: TargetLosses, weight: Tensor | None = None) -> Tally:
+def tally_losses(
+    losses: TargetLosses, weight: Tensor | None = None, sequence_group: ProcessGroup | None = None
+) -> Tally:
     """Tally per-target losses; the sums are not carried yet, which adding to another tally does.
 
     Args:
         losses: What `target_losses` returns; the first dimension counts sequences, the second targets in each.
         weight: Weight of each target, of the same shape: numbers in `[0, 2**47)`, or booleans to say which to score.
+        sequence_group: Ranks that hold other targets of the same sequences; each adds what is its own, and the first
+            of them adds the products of the sequences.
     """
     sequences, length = losses.loss.shape
     rows = max(1, min(_BLOCK_SEQUENCES, _BLOCK_TARGETS // max(length, 1)))
+    if sequence_group is not None:
+        return _tally_split_sequences(losses, weight, rows, sequence_group)
     if 0 < sequences <= rows and length:
         return Tally(_tally_sequences(losses, weight))
     total = Tally.zero(losses.loss.device)
@@ -285,19 +295,46 @@ def tally_groups(losses: TargetLosses, weight: Tensor | None, group: Tensor, num
 
 def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
     """Return the state of a few whole sequences, not yet carried."""
-    length = losses.loss.shape[1]
-    sums, counts = None, None
+    sums, counts = _sum_sequences(losses, weight)
+    products, sequence_counts = _multiply_sequences(sums, losses.loss.shape[1])
+    return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
+
+
+def _tally_split_sequences(losses: TargetLosses, weight: Tensor | None, rows: int, group: ProcessGroup) -> Tally:
+    """Tally the targets that this rank holds of sequences that a group of ranks holds together: one collective."""
+    sequences, length = losses.loss.shape
+    total = Tally.zero(losses.loss.device)
+    blocks = [slice(start, start + rows) for start in range(0, sequences, rows)]
+    parts = []
+    for block in blocks:
+        sums, counts = _sum_sequences(losses.at(block), None if weight is None else weight[block])
+        total = total + Tally(
+            torch.cat([sums.sum(-1).T.flatten(), sums.new_zeros(3 * NUM_LIMBS), counts, counts.new_zeros(2)])
+        )
+        parts.append(sums)
+    if not parts:
+        return total
+    whole = sum_over_ranks(torch.cat(parts, -1), group)
+    if group.rank() != 0:
+        return total
+    for block in blocks:
+        products, counts = _multiply_sequences(whole[..., block], length * group.size())
+        nothing = products.new_zeros(2 * NUM_LIMBS), products.new_zeros(len(TARGET_COUNTS))
+        total = total + Tally(torch.cat([nothing[0], products, nothing[1], counts]))
+    return total
+
+
+def _sum_sequences(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return limbs of loss and weight of each sequence, of shape (limbs, 2, sequences), and `TARGET_COUNTS`."""
+    sequences, length = losses.loss.shape
+    sums = torch.zeros(NUM_LIMBS, 2, sequences, dtype=torch.int64, device=losses.loss.device)
+    counts = torch.zeros(len(TARGET_COUNTS), dtype=torch.int64, device=losses.loss.device)
     for start in range(0, length, _BLOCK_TARGETS):
         block = (slice(None), slice(start, start + _BLOCK_TARGETS))
         part = _classify(losses.at(block), None if weight is None else weight[block])
-        part_sums = torch.stack([split(part.loss).sum(-1), part.weight_sum()], 1)
-        part_counts = part.masks.sum((-2, -1))
-        sums = part_sums if sums is None else sums + part_sums
-        counts = part_counts if counts is None else counts + part_counts
-    assert sums is not None
-    assert counts is not None
-    products, sequence_counts = _multiply_sequences(sums, length)
-    return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
+        sums = sums + torch.stack([split(part.loss).sum(-1), part.weight_sum()], 1)
+        counts = counts + part.masks.sum((-2, -1))
+    return sums, counts
 
 
 class _Classified(NamedTuple):

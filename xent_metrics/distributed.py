@@ -1,0 +1,107 @@
+"""Several ranks: sums over them, samples that a sampler repeats, and logits whose classes are spread over them.
+
+Everything is `torch.distributed`, looked up when it is called; without a process group nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.utils.data.distributed import DistributedSampler
+
+
+def is_distributed() -> bool:
+    """Say whether there are other ranks."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def sum_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a tensor over the ranks of a group, or of all: one collective."""
+    total = x.clone()
+    torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM, group=group)
+    return total
+
+
+def max_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Return the largest of a tensor's values over the ranks of a group, or of all: one collective."""
+    largest = x.clone()
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX, group=group)
+    return largest
+
+
+def unrepeated(sampler: DistributedSampler[Any], start: int, num_samples: int) -> int:
+    """Count the samples that are no repetition, of those that a rank draws from position `start` on.
+
+    `DistributedSampler` draws some samples twice where their number is no multiple of the number of ranks, so that all
+    ranks have equally many. What it repeats comes last on each rank, so the first samples of a batch are the ones to
+    score, as many as this says:
+
+        keep = unrepeated(loader.sampler, start=batch_idx * batch_size, num_samples=len(target))
+        metric.update(logits[:keep], target[:keep])
+
+    Args:
+        sampler: The sampler of this rank's loader.
+        start: How many samples this rank has drawn in this epoch before the batch.
+        num_samples: How many samples the batch has.
+
+    Returns:
+        A number in `[0, num_samples]`.
+    """
+    # Sample i of rank r is entry `r + i * num_replicas` of the list of all samples followed by the repeated ones.
+    own = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type]
+    return min(max(len(own) - start, 0), num_samples)
+
+
+class VocabShard(NamedTuple):
+    """The logits of some of the classes.
+
+    Attributes:
+        logits: Of all the rows, and of the classes `[offset, offset + number of them)`.
+        offset: The first class.
+        group: The ranks that have the other classes.
+    """
+
+    logits: Tensor
+    offset: int
+    group: ProcessGroup
+
+
+def is_dtensor(x: Tensor) -> bool:
+    """Say whether a tensor is spread over ranks, without importing what would be needed to ask its class."""
+    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+
+
+def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:
+    """Return the part of a DTensor's classes that is on this rank; None if it has all of them.
+
+    Raises:
+        ValueError: If it is spread in any way but over the classes, or its parts are not those of `torch.chunk`.
+    """
+    class_dim %= preds.dim()
+    placements = [(dim, p) for dim, p in enumerate(preds.placements) if not p.is_replicate()]
+    if not placements:
+        return None
+    (mesh_dim, placement), *others = placements
+    if others or not placement.is_shard(class_dim):
+        raise ValueError(
+            f"`preds` must be a DTensor that is sharded over the classes only, on dimension {class_dim}, got "
+            f"{preds.placements}; build it with DTensor.from_local on the mesh of the tensor-parallel ranks."
+        )
+    logits: Tensor = preds.to_local()
+    num_classes, num_ranks = preds.shape[class_dim], preds.device_mesh.size(mesh_dim)
+    size = -(-num_classes // num_ranks)
+    offset = min(preds.device_mesh.get_local_rank(mesh_dim) * size, num_classes)
+    expected = min(size, num_classes - offset)
+    if logits.shape[class_dim] != expected:
+        raise ValueError(
+            f"`preds` must be a DTensor of the parts that torch.chunk gives, here {expected} of {num_classes} classes, "
+            f"got {logits.shape[class_dim]}; pass `shape` and `stride` to DTensor.from_local for a last part that is "
+            "smaller."
+        )
+    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim))
