@@ -10,19 +10,26 @@ weight averaging and listed in the model summary.
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DistributedSampler, IterableDataset
+from torchmetrics.utilities.prints import rank_zero_warn
 
-from xent_metrics import functional
-from xent_metrics.losses import Input
+from xent_metrics.distributed import is_distributed, unrepeated
+from xent_metrics.functional import tally_batch
+from xent_metrics.losses import Input, LossOptions
 from xent_metrics.metrics import CrossEntropyReport
-from xent_metrics.tally import Tally, tally_mean
+from xent_metrics.tally import Tally, sum_tallies_over_ranks, tally_mean
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from torch.distributed import ProcessGroup
 else:
     # `lightning.pytorch` and `pytorch_lightning` are the same code twice, with unrelated classes. A subclass of both
     # `Callback`s is accepted by both `Trainer`s, and by the command line of either.
@@ -68,7 +75,15 @@ class CrossEntropyMonitor(Callback):
           epoch and all loaders; with `_lower` and `_upper` of cross-entropy and perplexity, a 95 % interval
           clustered by sequence.
 
-    They go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor them.
+    Every rank logs the value of all ranks together, at one collective a log point and one at the end of each epoch.
+    Samples that `DistributedSampler` draws twice, so that ranks have equally many, are scored once in validation and
+    test; where that cannot be known a warning says so. With tensor parallelism the data-parallel ranks are added up.
+
+    A run that is resumed in the middle of an epoch goes on with the tallies of its checkpoint, also on another number
+    of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
+    position (`state_dict` and `load_state_dict`): Lightning starts a plain `DataLoader` from its beginning again.
+
+    All values go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor them.
     Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
 
     Args:
@@ -94,21 +109,48 @@ class CrossEntropyMonitor(Callback):
         self.extract = extract
         self.class_dim = class_dim
         self.ignore_index = ignore_index
-        # One tally each. The window is split at the end of an epoch, which gets only its own part of it.
-        self._window = CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index)
-        self._earlier_window, self._epoch, self._evaluation = (
-            CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index) for _ in range(3)
-        )
+        self._report = CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index)
+        self._group: ProcessGroup | None = None
+        self._forget()
+
+    @property
+    def state_key(self) -> str:
+        """Tell instances apart that are set up differently, so that each gets its own state back."""
+        return self._generate_state_key(class_dim=self.class_dim, ignore_index=self.ignore_index)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move to the device of the run and forget the last one."""
-        for report in (self._window, self._earlier_window, self._epoch, self._evaluation):
-            report.to(trainer.strategy.root_device)
-            report.reset()
+        self._report.to(trainer.strategy.root_device)
+        self._group = _data_parallel_group(trainer)
+        self._forget()
+        for name in self._epoch_tags() if is_distributed() else ():
+            # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
+            warnings.filterwarnings("ignore", f".*{re.escape(f'self.log({name!r}')}", UserWarning)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
+
+        After an exception only the rank that failed may be here: what was tallied since the last log point is then
+        left out.
+        """
+        window = self._zero() if self._failed else self._over_ranks(self._window)
+        return {"window": window.state, "earlier": self._earlier.state, "epoch": self._epoch.state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch, on any number of ranks: one of them gets what was not yet reduced."""
+        window, self._earlier, self._epoch = (
+            Tally(state_dict[name].to(self._report.device)) for name in ("window", "earlier", "epoch")
+        )
+        first = not is_distributed() or torch.distributed.get_rank(self._group) == 0
+        self._window = window if first else self._zero()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Wait for no other rank from now on."""
+        self._failed = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch."""
-        self._epoch.reset()
+        self._epoch = self._zero()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,24 +160,20 @@ class CrossEntropyMonitor(Callback):
             if not outputs:
                 return  # The step returned None: Lightning skips such a batch.
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        self._window.add(self._tally("training_step", outputs, batch))
+        self._window = self._window + self._tally("training_step", outputs, batch)
         if _is_log_point(trainer, pl_module):
-            self._epoch.add(self._window.tally)
-            self._window.add(self._earlier_window.tally)
-            pl_module.log_dict(_tagged("train", self._window), on_step=True, on_epoch=False)
-            self._window.reset()
-            self._earlier_window.reset()
+            window = self._close_window()
+            pl_module.log_dict(self._tagged("train", window + self._earlier), on_step=True, on_epoch=False)
+            self._earlier = self._zero()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
-        self._epoch.add(self._window.tally)
-        self._earlier_window.add(self._window.tally)
-        self._window.reset()
-        pl_module.log_dict(_tagged("train", self._epoch, suffix="_epoch"), batch_size=1)
+        self._earlier = self._earlier + self._close_window()
+        pl_module.log_dict(self._tagged("train", self._epoch, suffix="_epoch"), batch_size=1)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
-        self._evaluation.reset()
+        self._evaluation = self._zero()
 
     def on_validation_batch_end(
         self,
@@ -147,15 +185,16 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        self._evaluation.add(self._tally("validation_step", outputs, batch))
+        drawn = self._unrepeated(trainer.val_dataloaders, "val", batch_idx, dataloader_idx)
+        self._evaluation = self._evaluation + self._tally("validation_step", outputs, batch, drawn)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation."""
-        pl_module.log_dict(_tagged("val", self._evaluation, bounds=True), batch_size=1)
+        pl_module.log_dict(self._tagged("val", self._over_ranks(self._evaluation), bounds=True), batch_size=1)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        self._evaluation.reset()
+        self._evaluation = self._zero()
 
     def on_test_batch_end(
         self,
@@ -167,14 +206,79 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        self._evaluation.add(self._tally("test_step", outputs, batch))
+        drawn = self._unrepeated(trainer.test_dataloaders, "test", batch_idx, dataloader_idx)
+        self._evaluation = self._evaluation + self._tally("test_step", outputs, batch, drawn)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        pl_module.log_dict(_tagged("test", self._evaluation, bounds=True), batch_size=1)
+        pl_module.log_dict(self._tagged("test", self._over_ranks(self._evaluation), bounds=True), batch_size=1)
 
-    def _tally(self, step: str, outputs: Any, batch: Any) -> Tally:
-        """Tally what a step returned."""
+    def _zero(self) -> Tally:
+        return Tally.zero(self._report.device)
+
+    def _forget(self) -> None:
+        # The window is of this rank and not yet carried into the rest, which is of all ranks together. At the end of
+        # an epoch it is split: `_earlier` is the part of it that the last epoch got.
+        self._window, self._earlier, self._epoch = self._zero(), self._zero(), self._zero()
+        self._evaluation = self._zero()
+        self._failed = False
+        self._warned: set[str] = set()
+
+    def _over_ranks(self, tally: Tally) -> Tally:
+        """Add up over the ranks that hold different data: one collective."""
+        (total,) = sum_tallies_over_ranks([tally], self._group)
+        return total
+
+    def _close_window(self) -> Tally:
+        """Reduce the window, give it to the epoch, and start another."""
+        window = self._over_ranks(self._window)
+        self._epoch = self._epoch + window
+        self._window = self._zero()
+        return window
+
+    def _tagged(self, stage: str, tally: Tally, suffix: str = "", bounds: bool = False) -> dict[str, Tensor]:
+        """Read a tally of all ranks, under the tags that it is logged with."""
+        values = self._report.read(tally)
+        known = [name for name in _BOUNDS if not math.isnan(values[name])] if bounds else []
+        return {f"{stage}/{name}{suffix}": values[name] for name in (*_READINGS, *known)}
+
+    @staticmethod
+    def _epoch_tags() -> list[str]:
+        tags = [f"{stage}/{name}" for stage in ("val", "test") for name in (*_READINGS, *_BOUNDS)]
+        return [*tags, *(f"train/{name}_epoch" for name in _READINGS)]
+
+    def _unrepeated(self, loaders: Any, stage: str, batch_idx: int, dataloader_idx: int) -> tuple[int, int] | None:
+        """Return how many samples this rank drew for a batch, and how many of them are no repetition.
+
+        None where the sampler that deals samples to ranks need not repeat any.
+        """
+        loader = tree_leaves(loaders)[dataloader_idx]
+        sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+        if not is_distributed() or sampler is None or isinstance(loader.dataset, IterableDataset):
+            return None
+        if not isinstance(sampler, DistributedSampler) or batch_size is None:
+            self._warn_repeated(f"the {stage} loader has a {type(sampler).__name__} or batches of its own")
+            return None
+        if sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
+            return None
+        start = batch_idx * batch_size
+        num_samples = min(batch_size, len(sampler) - start)
+        return num_samples, unrepeated(sampler, start, num_samples)
+
+    def _warn_repeated(self, reason: str) -> None:
+        """Say once that samples may be counted twice."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            rank_zero_warn(
+                f"`CrossEntropyMonitor` cannot tell which samples ranks draw twice to have equally many, since {reason}: "
+                "all of them are counted; use `torch.utils.data.DistributedSampler` and return targets with a row for "
+                "each sample, or make the number of samples a multiple of the number of ranks.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _tally(self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None = None) -> Tally:
+        """Tally what a step returned: of all samples that were drawn, or of the first ones of them only."""
         form = outputs if self.extract is None else self.extract(outputs, batch)
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         if isinstance(form, Mapping):
@@ -182,15 +286,26 @@ class CrossEntropyMonitor(Callback):
             kinds: tuple[Input, ...] = ("losses", "logits")
             for kind in kinds:
                 if kind in form and target is not None:
-                    return functional.tally(
-                        form[kind], target, input=kind, class_dim=self.class_dim, ignore_index=self.ignore_index
-                    )
+                    options = LossOptions(kind, self.class_dim, ignore_index=self.ignore_index)
+                    return tally_batch(*self._first(drawn, form[kind], target), None, options)
             if "loss" in form and "num_tokens" in form:
+                if drawn is not None:
+                    self._warn_repeated(f"{step} returns means")
                 return _tally_mean(form["loss"], form["num_tokens"])
         raise ValueError(
             f"{step if self.extract is None else '`extract`'} must return {_FORMS}, got {seen}; add what "
             "is missing, or pass `extract`."
         )
+
+    def _first(self, drawn: tuple[int, int] | None, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Drop the rows of repeated samples, which come last."""
+        if drawn is None:
+            return preds, target
+        num_samples, kept = drawn
+        if target.shape[:1] != (num_samples,) or preds.shape[:1] != (num_samples,):
+            self._warn_repeated("targets do not have a row for each sample")
+            return preds, target
+        return preds[:kept], target[:kept]
 
 
 def _tally_mean(loss: Tensor, num_tokens: Tensor | int) -> Tally:
@@ -210,8 +325,10 @@ def _is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
     return bool(every > 0 and (loop.epoch_loop._batches_that_stepped + 1) % every == 0)
 
 
-def _tagged(stage: str, report: CrossEntropyReport, suffix: str = "", bounds: bool = False) -> dict[str, Tensor]:
-    """Read a report, on all ranks at once, under the tags that it is logged with."""
-    values = report.compute()
-    known = [name for name in _BOUNDS if not math.isnan(values[name])] if bounds else []
-    return {f"{stage}/{name}{suffix}": values[name] for name in (*_READINGS, *known)}
+def _data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
+    """Return the ranks that hold different data; None for all of them."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    if mesh is None or "data_parallel" not in (mesh.mesh_dim_names or ()):
+        return None
+    group: ProcessGroup = mesh["data_parallel"].get_group()
+    return group

@@ -26,7 +26,7 @@ from xent_metrics.checks import (
     check_num_classes,
     check_pos_weight,
 )
-from xent_metrics.distributed import is_distributed, sum_over_ranks
+from xent_metrics.distributed import sum_over_ranks
 from xent_metrics.exact import widest_float
 from xent_metrics.functional import (
     decomposed,
@@ -50,7 +50,7 @@ from xent_metrics.readings import (
     check_unit,
     read_exactly,
 )
-from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,12 +88,8 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
         raise ValueError(
             "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
         )
-    tallies = [metric.tally for metric in own]
-    if own and is_distributed():
-        packed = sum_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), own[0].process_group)
-        parts = packed.split([tally.state.numel() for tally in tallies])
-        tallies = [type(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
-    values = [_squeeze_if_scalar(metric._value_of(tally)) for metric, tally in zip(own, tallies, strict=True)]
+    tallies = sum_tallies_over_ranks([metric.tally for metric in own], own[0].process_group if own else None)
+    values = [_squeeze_if_scalar(metric.read(tally)) for metric, tally in zip(own, tallies, strict=True)]
     return dict(zip(named, values, strict=True))
 
 
@@ -200,7 +196,12 @@ class _TallyMetric(Metric):
             ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
                 non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
         """
-        return self._value_of(self.tally)
+        return self.read(self.tally)
+
+    def read(self, tally: Any) -> Any:
+        """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
+        parts = self._parts(tally.cpu())
+        return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
 
     def sync_context(self, **kwargs: Any) -> AbstractContextManager[None]:  # type: ignore[override]
         """Synchronize as torchmetrics does, and go back to the tally of this rank also after an error."""
@@ -220,11 +221,6 @@ class _TallyMetric(Metric):
             super()._sync_dist(dist_sync_fn, process_group)
             return
         self.tally = self._tally_type(sum_over_ranks(self.tally.state, process_group or self.process_group))
-
-    def _value_of(self, tally: Any) -> Any:
-        """Return what `compute` returns for a tally."""
-        parts = self._parts(tally.cpu())
-        return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the tally of another metric that is configured alike."""

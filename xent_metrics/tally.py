@@ -12,14 +12,15 @@ A `GroupTally` is the same for each of many groups, without the sequences: a gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from xent_metrics.checks import WEIGHT_LIMIT
-from xent_metrics.distributed import sum_over_ranks
+from xent_metrics.distributed import is_distributed, sum_over_ranks
 from xent_metrics.exact import (
     FRACTION_BITS,
     LIMB_BITS,
@@ -232,6 +233,18 @@ class GroupTotals(NamedTuple):
     nonfinite: list[list[int]]
     groupless: int
     everything: Totals
+
+
+AnyTally = TypeVar("AnyTally", Tally, GroupTally)
+
+
+def sum_tallies_over_ranks(tallies: Sequence[AnyTally], group: ProcessGroup | None = None) -> list[AnyTally]:
+    """Add up each of several tallies over the ranks of a group, or of all, in one collective."""
+    if not tallies or not is_distributed():
+        return list(tallies)
+    packed = sum_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), group)
+    parts = packed.split([tally.state.numel() for tally in tallies])
+    return [type(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
 
 
 def tally_losses(
