@@ -83,8 +83,8 @@ class CrossEntropyMonitor(Callback):
     of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
     position (`state_dict` and `load_state_dict`): Lightning starts a plain `DataLoader` from its beginning again.
 
-    All values go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor them.
-    Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
+    All values go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor
+    them. Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
 
     Args:
         extract: Called as `extract(outputs, batch)`, returns one of the forms above, for steps that return something
@@ -270,7 +270,7 @@ class CrossEntropyMonitor(Callback):
         if reason not in self._warned:
             self._warned.add(reason)
             rank_zero_warn(
-                f"`CrossEntropyMonitor` cannot tell which samples ranks draw twice to have equally many, since {reason}: "
+                f"`CrossEntropyMonitor` cannot tell which samples ranks draw twice to be equally many, since {reason}: "
                 "all of them are counted; use `torch.utils.data.DistributedSampler` and return targets with a row for "
                 "each sample, or make the number of samples a multiple of the number of ranks.",
                 UserWarning,
