@@ -27,7 +27,7 @@ def test_every_block_runs_as_written(block, tmp_path, monkeypatch, capsys) -> No
 
 def test_there_are_two_quick_starts_of_the_promised_length() -> None:
     """A quick start that grows is none."""
-    assert [len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS] == [15, 8]
+    assert [len([line for line in block.splitlines() if line.strip()]) for block in BLOCKS[:2]] == [15, 8]
 
 
 def test_the_example_in_why_is_right() -> None:
