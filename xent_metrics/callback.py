@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler, IterableDataset
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from xent_metrics.batch import tally_batch
 from xent_metrics.distributed import is_distributed, unrepeated
-from xent_metrics.functional import tally_batch
 from xent_metrics.losses import Input, LossOptions
 from xent_metrics.metrics import CrossEntropyReport
 from xent_metrics.tally import Tally, sum_tallies_over_ranks, tally_mean

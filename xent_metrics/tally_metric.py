@@ -1,0 +1,312 @@
+"""What all metrics have in common: a tally that grows with every update, as a torchmetrics `Metric`.
+
+The state is a single int64 tensor. It is added to, summed over ranks, saved and read; nothing else happens to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities.data import _squeeze_if_scalar
+from torchmetrics.utilities.distributed import gather_all_tensors
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
+from torchmetrics.utilities.prints import rank_zero_warn
+
+from xent_metrics.batch import tally_batch
+from xent_metrics.checks import advice
+from xent_metrics.distributed import sum_over_ranks
+from xent_metrics.exact import widest_float
+from xent_metrics.losses import BinaryOptions, LossOptions
+from xent_metrics.readings import (
+    DeviceReading,
+    NanPolicy,
+    check_reading,
+    read_exactly,
+)
+from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
+    """Compute several metrics of this library in one collective, where each `compute` would be one of its own.
+
+    Args:
+        metrics: The metrics by name, the same ones in the same order on every rank; a `MetricCollection` is fine.
+
+    Returns:
+        What `compute` returns, by the same names. The metrics are left as they are.
+
+    Raises:
+        TypeError: If a metric is not of this library.
+        ValueError: If they have different process groups, or synchronize by a function of their own; and whatever
+            their `compute` raises, on every rank.
+
+    >>> from xent_metrics import CrossEntropy, Perplexity
+    >>> metrics = {"train": CrossEntropy(), "val": Perplexity()}
+    >>> for metric in metrics.values():
+    ...     metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
+    >>> compute_together(metrics)
+    {'train': tensor(2.0794, dtype=torch.float64), 'val': tensor(8.0000, dtype=torch.float64)}
+    """
+    named = dict(metrics.items())
+    for name, metric in named.items():
+        if not isinstance(metric, TallyMetric):
+            raise TypeError(
+                f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
+                "itself."
+            )
+    own = [metric for metric in named.values() if isinstance(metric, TallyMetric)]
+    if len({id(metric.process_group) for metric in own}) > 1 or any(metric.dist_sync_fn for metric in own):
+        raise ValueError(
+            "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
+        )
+    tallies = sum_tallies_over_ranks([metric.tally for metric in own], own[0].process_group if own else None)
+    values = [_squeeze_if_scalar(metric.read(tally)) for metric, tally in zip(own, tallies, strict=True)]
+    return dict(zip(named, values, strict=True))
+
+
+class TallyMetric(Metric):
+    """A tally with a reading; subclasses say how a batch is tallied, and which reading.
+
+    Args:
+        options: What decides the losses.
+        nan_policy: See `CrossEntropy`.
+        confidence: See `CrossEntropyReport`.
+        zero: The tally of nothing.
+        sequence_group: See `CrossEntropyReport`.
+        tensors: Tensors that also decide an update, by the names of the attributes that they become.
+        **kwargs: torchmetrics' own.
+    """
+
+    higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound: float | None = 0.0
+
+    _UPDATE = "tally_batch"  # Metrics with the same one and the same configuration make the same update.
+
+    def __init__(
+        self,
+        options: LossOptions | BinaryOptions,
+        nan_policy: NanPolicy,
+        confidence: float = 0.95,
+        zero: Tally | GroupTally | None = None,
+        tensors: Mapping[str, Tensor | None] | None = None,
+        sequence_group: ProcessGroup | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_reading(nan_policy, confidence)
+        self.options = options
+        self.nan_policy = nan_policy
+        self.confidence = confidence
+        self.sequence_group = sequence_group
+        zero = Tally.zero() if zero is None else zero
+        self._tally_type = type(zero)
+        self._tensor_names = tuple(tensors or ())
+        for name, value in (tensors or {}).items():
+            setattr(self, name, None if value is None else value.detach().clone())
+        self._looked_at_preds = False
+        # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
+        # So the name carries all that decides an update, and nothing that only decides a reading.
+        values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
+        ranks = None if sequence_group is None else torch.distributed.get_process_group_ranks(sequence_group)
+        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values, ranks))
+        self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
+        self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
+
+    @property
+    def tally(self) -> Any:
+        """What has been seen since the last reset: a `Tally`, or a `GroupTally` for a metric of groups."""
+        return self._tally_type(getattr(self, self._state_name))
+
+    @tally.setter
+    def tally(self, tally: Tally | GroupTally) -> None:
+        # Rebound, never changed in place: compute groups and wrappers hold the old state, and one made in
+        # inference mode must not be written to outside it.
+        setattr(self, self._state_name, tally.state)
+
+    def add(self, batch: Tally | GroupTally) -> None:
+        """Add a tally that was made elsewhere, by `xent_metrics.functional.tally` or another metric."""
+        if batch.state.shape != self.tally.state.shape:
+            raise ValueError(
+                f"`batch` must be a tally of the shape {tuple(self.tally.state.shape)} that this metric keeps, got "
+                f"{tuple(batch.state.shape)}; take it from a metric that is configured alike."
+            )
+        self.tally = self.tally + batch
+        self._computed = None
+        self._update_count += 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch and return its own value, in one pass and without waiting for the device.
+
+        The value is read in floating point, some 1e-16 off, and is NaN where `compute` would raise.
+        """
+        if self._is_synced:
+            raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
+        batch = self._looked_at_batch(*args, **kwargs)
+        accumulated = self.tally + batch
+        self.tally = batch
+        try:
+            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.dist_sync_on_step):
+                parts = self._parts(self.tally)
+                readings = (DeviceReading(part, self.nan_policy, self.confidence) for part in parts)
+                value = _squeeze_if_scalar(self._read(*readings))  # As torchmetrics does with what `compute` returns.
+        finally:
+            self.tally = accumulated
+        self._update_count += 1
+        self._computed = None
+        self._forward_cache = value
+        return value
+
+    def compute(self) -> Any:
+        """Read the tally, of all ranks together; see the class for what the numbers mean.
+
+        Ranks exchange the tally in one `all_reduce`, and all of them have to call this.
+
+        Raises:
+            ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
+                non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
+        """
+        return self.read(self.tally)
+
+    def read(self, tally: Any) -> Any:
+        """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
+        parts = self._parts(tally.cpu())
+        return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
+
+    def sync_context(self, **kwargs: Any) -> AbstractContextManager[None]:  # type: ignore[override]
+        """Synchronize as torchmetrics does, and go back to the tally of this rank also after an error."""
+        return self._synced(**kwargs)
+
+    @contextmanager
+    def _synced(self, should_unsync: bool = True, **kwargs: Any) -> Iterator[None]:
+        self.sync(**kwargs)
+        try:
+            yield
+        finally:
+            self.unsync(should_unsync=self._is_synced and should_unsync)
+
+    def _sync_dist(self, dist_sync_fn: Any = gather_all_tensors, process_group: Any = None) -> None:
+        """Add up the tallies of all ranks: one collective of a fixed size, and no barrier."""
+        if dist_sync_fn is not gather_all_tensors:
+            super()._sync_dist(dist_sync_fn, process_group)
+            return
+        self.tally = self._tally_type(sum_over_ranks(self.tally.state, process_group or self.process_group))
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the tally of another metric that is configured alike."""
+        incoming = incoming_state.metric_state if isinstance(incoming_state, TallyMetric) else incoming_state
+        if isinstance(incoming, dict) and self._state_name not in incoming:
+            other = incoming_state.options if isinstance(incoming_state, TallyMetric) else list(incoming)
+            raise ValueError(
+                "`incoming_state` must come from a metric with the same options and class weights, here "
+                f"{self.options}, got {other}; merge metrics whose updates are configured alike."
+            )
+        super().merge_state(incoming_state)
+        self.tally = self._tally_type(torch.zeros_like(self.tally.state)) + self.tally
+        self._computed = None
+        self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot `val`, one value or several from `forward` or `compute`, or the present value, with matplotlib."""
+        return self._plot(val, ax)
+
+    def _add_batch(self, *args: Any) -> None:
+        """Do what every `update` does."""
+        try:
+            batch = self._looked_at_batch(*args)
+        except Exception:
+            self._update_count -= 1  # torchmetrics counts the call before it is made.
+            raise
+        self.tally = self.tally + batch
+
+    def _looked_at_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Tally a batch; if it is the first one, warn if its scores look like something else."""
+        batch = self._tally_batch(*args, **kwargs)
+        if not self._looked_at_preds:
+            self._looked_at_preds = True
+            self._look_at(*args, **kwargs)
+        return batch
+
+    def _look_at(self, preds: Tensor, *_: Any, **__: Any) -> None:
+        class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
+        found = advice(preds, self.options.input, class_dim)
+        if found:
+            rank_zero_warn(f"`preds` {found}", UserWarning)
+
+    def _tally_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Tally a batch; the arguments are those of `update`."""
+        raise NotImplementedError
+
+    def _parts(self, tally: Any) -> Any:
+        """Return what is read of what is tallied."""
+        return tally.unbind()
+
+    def _read(self, *readings: Any) -> Any:
+        """Return what the class reports, as tensors on its device."""
+        raise NotImplementedError
+
+    def _as_tensor(self, value: float | list[float] | Tensor) -> Tensor:
+        """Move a number, or one a group, to the device."""
+        if isinstance(value, Tensor):
+            return value
+        return torch.tensor(value, dtype=widest_float(self.device), device=self.device)
+
+    def _as_tensors(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Move Python numbers to the device, floats in one copy and integers in another."""
+        moved: dict[str, Tensor] = {}
+        for kind, dtype in ((float, widest_float(self.device)), (int, torch.int64)):
+            names = [name for name, value in values.items() if isinstance(value, kind)]
+            if names:  # None where the reading is on the device already.
+                numbers = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
+                moved.update(zip(names, numbers.unbind(), strict=True))
+        return {name: moved.get(name, value) for name, value in values.items()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
+        """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(fn(x.new_empty(0)).device)
+
+        moved = super()._apply(move, exclude_state)
+        for name in self._tensor_names:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else move(value))
+        return moved
+
+
+class LossMetric(TallyMetric):
+    """A metric of predictions, targets and weights."""
+
+    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64.
+            target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
+                targets, floats of `preds`' shape: probabilities with a sum of 1 (to 1e-3; to 1e-2 in half precision).
+            weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
+                (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
+                them well above it: what is below some 1e-12 has few bits left.
+
+        Raises:
+            TypeError: If a dtype is not one of those named.
+            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor
+                `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
+                `compute` raises). The state is then as it was.
+        """
+        self._add_batch(preds, target, weight)
+
+    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+        assert isinstance(self.options, LossOptions)
+        class_weight, token_bytes = getattr(self, "class_weight", None), getattr(self, "token_bytes", None)
+        return tally_batch(preds, target, weight, self.options, class_weight, token_bytes, self.sequence_group)
