@@ -381,6 +381,6 @@ def _read(batch: Tally | GroupTally, nan_policy: NanPolicy, confidence: float = 
             totals, groupless = batch.overall().totals(), int(batch.groupless_on_device())
         else:
             totals, groupless = batch.totals(), 0
-        check_valid(totals, groupless)
+        check_valid(totals, groupless, kept=False)
         ExactReading(totals, nan_policy).require_finite()
     return DeviceReading(batch, nan_policy, confidence)

@@ -59,9 +59,15 @@ def check_unit(unit: Unit) -> None:
         raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
 
 
-def check_valid(totals: Totals, groupless: int = 0) -> None:
-    """Raise if something was seen that no reading can be trusted with: targets, probabilities, weights or groups."""
-    again = "then call reset(): this repeats until then."
+def check_valid(totals: Totals, groupless: int = 0, kept: bool = True) -> None:
+    """Raise if something was seen that no reading can be trusted with: targets, probabilities, weights or groups.
+
+    Args:
+        totals: What was seen.
+        groupless: Number of scored targets without a valid group.
+        kept: Whether a metric keeps it until it is reset.
+    """
+    again = "then call reset(): this repeats until then." if kept else "and call again."
     if totals.out_of_range:
         raise ValueError(
             f"`target` must hold class indices in [0, number of classes) (or, as soft targets, probabilities in [0, 1] "
