@@ -1,0 +1,258 @@
+"""The functional forms in compiled and in exported code: the values of eager code, and NaN where that would raise."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from tests.cases import CLASS_WEIGHT, GROUPS, TOKEN_BYTES, Batch, K, make_batches, numbers
+from xent_metrics import Tally, functional
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
+
+
+class Form(NamedTuple):
+    """A function with options, and what its batches are made of."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  # Defaults of a named tuple, which nothing changes.
+    data: dict[str, Any] = {}  # noqa: RUF012
+
+    def batches(self) -> list[Batch]:
+        """Make three batches of one shape."""
+        return [make_batches(**self.data)[2] for _ in range(3)]
+
+
+PAIR = ("preds_a", "preds_b")
+FORMS = {
+    "cross_entropy": Form(functional.cross_entropy),
+    "cross_entropy-weights": Form(
+        functional.cross_entropy,
+        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "unit": "bits"},
+        {"weighed": True},
+    ),
+    "cross_entropy-soft": Form(
+        functional.cross_entropy,
+        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "class_dim": 1, "nan_policy": "raise"},
+        {"target": "soft", "class_dim": 1, "weighed": True},
+    ),
+    "cross_entropy-shift": Form(
+        functional.cross_entropy,
+        {"shift": True, "label_smoothing": 0.1, "label_smoothing_over": "others", "class_dim": 1},
+        {"class_dim": 1, "weighed": True},
+    ),
+    "cross_entropy-losses": Form(
+        functional.cross_entropy, {"input": "losses", "nan_policy": "omit"}, {"preds": "losses", "weighed": True}
+    ),
+    "bits_per_token-probs": Form(functional.bits_per_token, {"input": "probs", "eps": 0.01}, {"preds": "probs"}),
+    "perplexity-shift": Form(functional.perplexity, {"shift": True}, {"weighed": True}),
+    "bits_per_byte-table": Form(functional.bits_per_byte, {"token_bytes": TOKEN_BYTES}, {"weighed": True}),
+    "bits_per_byte-numbers": Form(functional.bits_per_byte, {"shift": True}, {"extra": "numbers"}),
+    "bits_per_byte-number": Form(functional.bits_per_byte, {}, {"extra": "number"}),
+    "binary_cross_entropy": Form(
+        functional.binary_cross_entropy,
+        {"pos_weight": CLASS_WEIGHT, "ignore_index": -1, "label_smoothing": 0.1},
+        {"target": "binary", "ignored": -1, "weighed": True},
+    ),
+    "binary_cross_entropy-probs": Form(
+        functional.binary_cross_entropy, {"input": "probs"}, {"preds": "binary probs", "target": "binary soft"}
+    ),
+    "cross_entropy_decomposition": Form(functional.cross_entropy_decomposition, {}, {"target": "soft"}),
+    "cross_entropy_decomposition-smoothed": Form(
+        functional.cross_entropy_decomposition,
+        {"label_smoothing": 0.1, "class_dim": 1},
+        {"class_dim": 1, "weighed": True},
+    ),
+    "grouped_cross_entropy": Form(
+        functional.grouped_cross_entropy,
+        {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
+        {"extra": "group", "weighed": True},
+    ),
+    "normalized_cross_entropy": Form(functional.normalized_cross_entropy, {"num_classes": K}, {"weighed": True}),
+    "cross_entropy_difference": Form(
+        functional.cross_entropy_difference, {"shift": True}, {"names": PAIR, "weighed": True}
+    ),
+    "per_target_losses": Form(functional.per_target_losses, {"class_weight": CLASS_WEIGHT}),
+    "per_target_losses-soft": Form(functional.per_target_losses, {"label_smoothing": 0.1}, {"target": "soft"}),
+    "tally": Form(functional.tally, {"shift": True}, {"weighed": True}),
+}
+each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    """Forget what was compiled before, and after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_same(value: Any, expected: Any) -> None:
+    """Compare values to 1e-12, and tallies exactly."""
+    if isinstance(expected, Tally):
+        assert torch.equal(value.state, expected.state)
+        return
+    assert isinstance(value, dict) == isinstance(expected, dict)
+    if isinstance(expected, Tensor):
+        assert (value.dtype, value.shape) == (expected.dtype, expected.shape)
+        value, expected = value.flatten().double(), expected.flatten().double()
+    value, expected = numbers(value), numbers(expected)
+    assert list(value) == list(expected)
+    for name, number in value.items():
+        tolerance = 1e-6 if name.endswith(("stderr", "lower", "upper")) else 1e-12
+        assert number == pytest.approx(expected[name], rel=tolerance, abs=tolerance, nan_ok=True), name
+
+
+def bad_batches(form: Form, batch: Batch) -> Iterator[Batch]:
+    """Make batches of the same shapes that eager code refuses, each for one value of its last target."""
+    batch = {name: changed(x, 1.0) if name in ("weight", "target") else x for name, x in batch.items()}
+    soft = batch["target"].is_floating_point()
+    if soft:
+        batch["target"] = form.batches()[0]["target"]
+    bad: dict[str, tuple[float, ...]] = {"weight": (-1.0, math.nan, math.inf), "group": (-1, GROUPS)}
+    if form.options.get("input") != "losses":
+        bad["target"] = (1.5, -0.5) if soft else (K, -7)
+    if form.options.get("input") == "probs":
+        bad["preds"] = (1.5, -0.5)
+    if isinstance(batch.get("num_bytes"), Tensor):
+        bad["num_bytes"] = (-1,)
+    for name, values in bad.items():
+        for value in values if name in batch else ():
+            yield {**batch, name: changed(batch[name], value)}
+
+
+def changed(x: Tensor, value: float) -> Tensor:
+    """Change the last number of a tensor."""
+    copy = x.clone()
+    copy[(-1,) * x.dim()] = value
+    return copy
+
+
+def assert_bad(value: Any) -> None:
+    """Fail unless everything that depends on a bad value is NaN, or it was counted."""
+    if isinstance(value, Tally):
+        totals = value.totals()
+        assert totals.out_of_range + totals.improper + totals.invalid_weight == 1
+    elif isinstance(value, Tensor) and value.dim() == 2:  # One loss for each target.
+        assert value.flatten()[-1].isnan()
+        assert value.isnan().sum() == 1
+    else:
+        values = value if isinstance(value, dict) else {"": value}
+        # The entropy is that of the targets, whatever the model.
+        assert all(x.isnan().all() for x in values.values()), value
+
+
+def test_every_function_has_a_form() -> None:
+    """No function of the module is missing from the table."""
+    assert {form.function.__name__ for form in FORMS.values()} == {*functional.__all__} - {"convert_label_smoothing"}
+
+
+@each_form
+def test_compiled(form: Form) -> None:
+    """In one graph the values are those of eager code, compiled once for one shape; bad values read NaN."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(form.function, backend=counter, fullgraph=True)
+    batches = form.batches()
+    for batch in batches:
+        batch.update({name: x for name, x in batches[0].items() if isinstance(x, int)})
+        assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
+    assert counter.frame_count == 1
+    for batch in bad_batches(form, batches[0]):
+        with pytest.raises(ValueError, match=r"^`(target|weight|group|preds|num_bytes)`"):
+            form.function(**batch, **form.options)
+        assert_bad(compiled(**batch, **form.options))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.xfail(raises=AssertionError, reason="`torch.as_tensor` makes a constant of the number")
+def test_compiled_with_any_number_of_bytes() -> None:
+    """A number of bytes that changes from batch to batch is no reason to compile again and again."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(functional.bits_per_byte, backend=counter, fullgraph=True)
+    preds, target = torch.randn(4, K), torch.randint(0, K, (4,))
+    for num_bytes in (20, 21, 23, 27):
+        assert_same(compiled(preds, target, num_bytes), functional.bits_per_byte(preds, target, num_bytes))
+    assert counter.frame_count <= 2
+
+
+class Calling(nn.Module):
+    """Calls a form; a tally is not something to return from a graph, its state is."""
+
+    def __init__(self, form: Form) -> None:
+        """Keep tensors as buffers, as models do."""
+        super().__init__()
+        self.form = form
+        for name, value in form.options.items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value)
+
+    def forward(self, **batch: Any) -> Any:
+        """Call it."""
+        options = {name: getattr(self, name) if isinstance(x, Tensor) else x for name, x in self.form.options.items()}
+        value = self.form.function(**batch, **options)
+        return value.state if isinstance(value, Tally) else value
+
+
+@each_form
+def test_exported(form: Form) -> None:
+    """An exported module gives the values of eager code, and NaN for bad values."""
+    batches = form.batches()
+    exported = torch.export.export(Calling(form), (), batches[0]).module()
+
+    def call(batch: Batch) -> Any:
+        value = exported(**batch)
+        return Tally(value) if form.function is functional.tally else value
+
+    for batch in batches:
+        batch.update({name: x for name, x in batches[0].items() if isinstance(x, int)})  # Constants of a graph.
+        assert_same(call(batch), form.function(**batch, **form.options))
+    for batch in bad_batches(form, batches[0]):
+        assert_bad(call(batch))
+
+
+def test_compiled_for_any_size() -> None:
+    """With dynamic shapes what was compiled for the first batch serves batches of all sizes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(functional.cross_entropy, backend=counter, fullgraph=True, dynamic=True)
+    first = 0
+    for size in (2, 3, 5, 8):
+        preds, target = torch.randn(size, 7, K), torch.randint(0, K, (size, 7))
+        assert_same(compiled(preds, target), functional.cross_entropy(preds, target))
+        first = counter.frame_count if size == 2 else first
+    assert counter.frame_count == first
+
+
+def test_compiled_with_a_gradient() -> None:
+    """A training step compiles in one graph with a metric in it, and its gradient is that of the loss alone."""
+
+    def step(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss = nn.functional.cross_entropy(weight, target)
+        return loss, functional.perplexity(weight, target)
+
+    weight, target = torch.randn(4, K, requires_grad=True), torch.randint(0, K, (4,))
+    loss, value = torch.compile(step, backend="aot_eager", fullgraph=True)(weight, target)
+    loss.backward()
+    expected = (weight.detach().softmax(-1) - nn.functional.one_hot(target, K)) / 4
+    assert torch.allclose(weight.grad, expected, atol=1e-6)
+    assert not value.requires_grad
+    assert value.item() == pytest.approx(math.exp(loss.item()), rel=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_to_machine_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, which fuses and reorders, gives the value of eager code to 1e-12, and NaN."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    form = FORMS["cross_entropy-losses"]
+    compiled = torch.compile(form.function, fullgraph=True)
+    batches = form.batches()
+    for batch in batches:
+        assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
+    for batch in bad_batches(form, batches[0]):
+        assert_bad(compiled(**batch, **form.options))

@@ -1,0 +1,106 @@
+"""Two real processes: every class reads on both ranks, to the last bit, what one process reads that has all batches."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchmetrics import MetricCollection
+
+from tests.cases import CASES, Batch, Case, bits, filled, numbers
+
+RANKS = 2
+# Which batches each rank has: uneven ones, and none at all.
+SPLITS = {"uneven": ([0, 2], [1]), "one rank has none": ([0, 1, 2], []), "the other has none": ([], [1, 2])}
+SHARED = ("CrossEntropy", "CrossEntropy-bits", "BitsPerToken", "Perplexity", "CrossEntropyReport", "BitsPerByte-table")
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
+
+
+def batches_of(name: str) -> list[Batch]:
+    """Make the same batches in every process."""
+    torch.manual_seed(sorted(CASES).index(name))
+    return CASES[name].batches(weighed=True)
+
+
+def on_one_rank(case: Case, batches: list[Batch], own: list[int], other: list[int]) -> dict[str, Any]:
+    """Read a metric in every way that talks to the other rank, or must not."""
+    metric = case.metric()
+    filled(metric, *(batches[i] for i in own))
+    state = metric.tally.state.clone()
+    read = {"all": bits(metric.compute())}
+    assert torch.equal(metric.tally.state, state), "The metric stayed synced."
+    assert metric.update_count == len(own)
+    metric.update(**batches[0])
+    read["goes on"] = bits(metric.compute())
+    alone = filled(case.metric(sync_on_compute=False), *(batches[i] for i in own))
+    read["alone"] = bits(alone.compute())
+    metric.sync()
+    read["synced state"] = metric.tally.state.flatten().tolist()
+    metric.unsync()
+    on_step = case.metric(dist_sync_on_step=True)
+    read["step"] = numbers(on_step(**batches[1 + dist.get_rank()]))
+    read["after step"] = bits(on_step.compute())
+    metric.reset()
+    filled(metric, *(batches[i] for i in other))
+    read["swapped"] = bits(metric.compute())
+    return read
+
+
+def work(rank: int, folder: str) -> None:
+    """Be one of the processes."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="The ``compute`` method")  # A rank may have nothing.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
+    assert (dist.get_world_size(), dist.get_rank()) == (RANKS, rank)
+    results: dict[str, Any] = {}
+    for split, parts in SPLITS.items():
+        own, other = parts[rank], parts[1 - rank]
+        for name, case in CASES.items():
+            results[f"{split}, {name}"] = on_one_rank(case, batches_of(name), own, other)
+        collection = MetricCollection({name: CASES[name].metric() for name in SHARED})
+        for i in own:
+            collection.update(**batches_of("CrossEntropy")[i])
+        results[f"{split}, together"] = {name: bits(m.compute()) for name, m in collection.items(keep_base=True)}
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """Values of uneven ranks, of ranks without batches, of steps and of collections are those of one process."""
+    torch.multiprocessing.spawn(work, (str(tmp_path),), RANKS, daemon=True)
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    for split, parts in SPLITS.items():
+        for name, case in CASES.items():
+            batches = batches_of(name)
+            both = [batches[i] for part in parts for i in part]
+            expected = bits(case.filled(*both).compute())
+            on_step = numbers(case.filled(*batches[1:]).compute())
+            for rank, result in enumerate(results):
+                read, where = result[f"{split}, {name}"], (split, name, rank)
+                assert read["all"] == read["swapped"] == expected, where
+                goes_on = case.filled(*both, batches[0], batches[0])
+                assert read["goes on"] == bits(goes_on.compute()), where
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # A rank may have nothing.
+                    assert read["alone"] == bits(case.filled(*(batches[i] for i in parts[rank])).compute()), where
+                assert read["step"] == pytest.approx(on_step, rel=1e-6, abs=1e-6, nan_ok=True), where
+                assert read["after step"] == bits(case.filled(*batches[1:]).compute()), where
+                merged = case.metric()
+                (name_of_state,) = merged.metric_state
+                state = torch.tensor(read["synced state"]).view_as(merged.tally.state)
+                merged.merge_state({name_of_state: state})
+                assert bits(merged.compute()) == bits(goes_on.compute()), where
+        together = [batches_of("CrossEntropy")[i] for part in parts for i in part]
+        for result in results:
+            for name in SHARED:
+                assert result[f"{split}, together"][name] == bits(CASES[name].filled(*together).compute()), name
