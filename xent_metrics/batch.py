@@ -93,7 +93,10 @@ def tally_per_byte(
         assert num_bytes is not None
         check_num_bytes(num_bytes)
         raise_invalid(losses, weight, preds, target, options)
-        each = torch.as_tensor(num_bytes, dtype=torch.int64, device=losses.loss.device)
+        if isinstance(num_bytes, Tensor):
+            each = num_bytes.to(losses.loss.device, torch.int64)
+        else:  # Not as_tensor, of which compiled code makes a constant.
+            each = torch.full((), num_bytes, dtype=torch.int64, device=losses.loss.device)
         return tally_losses(losses, weight).with_weight(torch.where((each < 0).any(), -1, each.sum()))
 
 

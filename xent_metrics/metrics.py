@@ -5,6 +5,8 @@ All of them hold one state, a single int64 tensor, and add to it. They differ in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  # The examples need it.
@@ -544,6 +546,15 @@ class GroupedCrossEntropy(TallyMetric):
                 `compute` raises). The state is then as it was.
         """
         self._add_batch(preds, target, group, weight)
+
+    def _wrap_compute(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        squeezed = super()._wrap_compute(compute)  # torchmetrics makes a scalar of the value of a single group.
+
+        @wraps(compute)
+        def vector() -> Tensor:
+            return squeezed().view(-1)
+
+        return vector
 
     def _tally_batch(self, preds: Tensor, target: Tensor, group: Tensor, weight: Tensor | None = None) -> GroupTally:
         assert isinstance(self.options, LossOptions)

@@ -296,7 +296,7 @@ def tally_groups(losses: TargetLosses, weight: Tensor | None, group: Tensor, num
     """
     column = torch.where((group >= 0) & (group < num_groups), group, num_groups).flatten()
     flat = losses.map(lambda x: x.view(1, -1))
-    weight = None if weight is None else weight.view(1, -1)
+    weight = None if weight is None else weight.reshape(1, -1)  # It may have been expanded.
     total = GroupTally.zero(num_groups, column.device)
     for start in range(0, column.numel(), _BLOCK_GROUPED):
         block = (slice(None), slice(start, start + _BLOCK_GROUPED))

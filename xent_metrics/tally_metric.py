@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities.data import _squeeze_if_scalar
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
@@ -69,7 +68,7 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
             "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
         )
     tallies = sum_tallies_over_ranks([metric.tally for metric in own], own[0].process_group if own else None)
-    values = [_squeeze_if_scalar(metric.read(tally)) for metric, tally in zip(own, tallies, strict=True)]
+    values = [metric.read(tally) for metric, tally in zip(own, tallies, strict=True)]
     return dict(zip(named, values, strict=True))
 
 
@@ -159,7 +158,7 @@ class TallyMetric(Metric):
             with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.dist_sync_on_step):
                 parts = self._parts(self.tally)
                 readings = (DeviceReading(part, self.nan_policy, self.confidence) for part in parts)
-                value = _squeeze_if_scalar(self._read(*readings))  # As torchmetrics does with what `compute` returns.
+                value = self._read(*readings)
         finally:
             self.tally = accumulated
         self._update_count += 1
