@@ -552,7 +552,8 @@ class GroupedCrossEntropy(TallyMetric):
 
         @wraps(compute)
         def vector() -> Tensor:
-            return squeezed().view(-1)
+            value: Tensor = squeezed()
+            return value.view(-1)
 
         return vector
 
