@@ -1,0 +1,142 @@
+"""Real ranks for a test: processes that form a process group, and a recorder of what they exchange."""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What takes seconds to import is imported once, by a server process that every rank is forked from.
+_SLOW_IMPORTS = ["torch._dynamo", "torch.distributed.tensor.parallel", "torchmetrics", "pytest"]
+_GRACE = 5.0  # Seconds that ranks get to end by themselves when one of them has failed.
+
+
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, tmp_path: Path, timeout: float = 120.0
+) -> list[Any]:
+    """Call `function(rank, *args)` in a process for each rank, with a gloo group of all of them; return the results.
+
+    Arguments and results are pickled, the function by its name. If a rank fails, or the time in seconds is over, all
+    of them are ended and what they wrote is shown: tracebacks of errors, and of where the others were.
+    """
+    directory = Path(tempfile.mkdtemp(dir=tmp_path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_SLOW_IMPORTS)
+    common = (world_size, directory, timeout, function, args)
+    ranks = [context.Process(target=_run_rank, args=(rank, *common), daemon=True) for rank in range(world_size)]
+    deadline = time.monotonic() + timeout
+    try:
+        for process in ranks:
+            process.start()
+        while (running := [process for process in ranks if process.is_alive()]) and time.monotonic() < deadline:
+            wait([process.sentinel for process in running], deadline - time.monotonic())
+            if any(process.exitcode for process in ranks):
+                deadline = min(deadline, time.monotonic() + _GRACE)
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.terminate()
+    for process in ranks:
+        process.join(_GRACE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in ranks]
+    if any(codes):
+        logs = [f"rank {rank}:\n{_log(directory, rank).read_text(errors='replace')}" for rank in range(world_size)]
+        raise AssertionError(f"exit codes of the ranks: {codes}\n" + "\n".join(logs))
+    return [pickle.loads(_result(directory, rank).read_bytes()) for rank in range(world_size)]
+
+
+def _log(directory: Path, rank: int) -> Path:
+    return directory / f"{rank}.log"
+
+
+def _result(directory: Path, rank: int) -> Path:
+    return directory / f"{rank}.pickle"
+
+
+def _run_rank(
+    rank: int, world_size: int, directory: Path, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    """Do what a rank does, in its own process."""
+    log = os.open(_log(directory, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    faulthandler.register(signal.SIGTERM, chain=True)  # Says where the rank was, and then ends it.
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=(directory / "store").as_uri(),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+    )
+    assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size)
+    result = function(rank, *args)
+    _result(directory, rank).write_bytes(pickle.dumps(result))
+    dist.barrier()  # Nobody leaves while others are still talking.
+    dist.destroy_process_group()
+
+
+class Collective(NamedTuple):
+    """What a rank exchanged at once.
+
+    Attributes:
+        name: Such as `allreduce_`, `allgather_`, `barrier`.
+        operation: How it reduces, such as `SUM`; empty where it does not.
+        dtype: Of the tensor.
+        num_bytes: Of all tensors that it takes.
+    """
+
+    name: str
+    operation: str
+    dtype: torch.dtype
+    num_bytes: int
+
+
+class Collectives(TorchDispatchMode):
+    """Records every collective of this rank, whichever function asked for it.
+
+    All go through the dispatcher: those of `torch.distributed`, the functional ones that a DTensor makes, and the
+    parts of those that exchange objects.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing recorded."""
+        super().__init__()
+        self.calls: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Record, and run; a DTensor first says which collectives it needs."""
+        if any(t is torch.distributed.tensor.DTensor for t in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            num_bytes = sum(x.numel() * x.element_size() for x in tensors)
+            name = func._schema.name.split("::")[1]
+            self.calls.append(Collective(name, _operation(name, args), tensors[0].dtype, num_bytes))
+        return func(*args, **(kwargs or {}))
+
+    def taken(self) -> list[Collective]:
+        """Return what has been recorded since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def _operation(name: str, args: Any) -> str:
+    return dist.ReduceOp.RedOpType(args[2].op()).name if name == "allreduce_" else ""
