@@ -57,7 +57,7 @@ WORLDS = (1, 2, 3, 4, 8)
 DTYPES = (torch.float32, torch.bfloat16)
 SPLITS = ("even", "uneven", "one empty")
 TOKEN_BYTES = torch.arange(K) % 4
-CLASS_WEIGHT = torch.linspace(0, 2, K)
+CLASS_WEIGHT = torch.linspace(0, 3, K)
 
 distributed = pytest.mark.distributed
 
@@ -642,7 +642,7 @@ def cases(num_classes: int) -> Iterator[tuple[str, Case]]:
     target = torch.randint(num_classes, (6, 4), generator=generator)
     target[0, 1] = -100
     weight = torch.rand(6, 4, generator=generator)
-    class_weight = torch.linspace(0, 2, num_classes)
+    class_weight = torch.linspace(0, 3, num_classes)
     for name, options in {
         "plain": {},
         "smoothed": {"label_smoothing": 0.1},
@@ -888,8 +888,8 @@ def misplace(rank: int) -> dict[str, str]:
     crooked = DTensor.from_local(x.split([3, 4], -1)[rank], mesh, [Shard(-1)], shape=x.shape, stride=x.stride())
     both = DTensor.from_local(
         spread(x, mesh).to_local(),
-        init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "classes")),
-        [Shard(0), Shard(-1)],
+        init_device_mesh("cpu", (2, 1), mesh_dim_names=("classes", "data")),
+        [Shard(-1), Shard(0)],
         shape=x.shape,
         stride=x.stride(),
     )
@@ -900,7 +900,7 @@ def misplace(rank: int) -> dict[str, str]:
         "partial": lambda m: m.update(DTensor.from_local(x, mesh, [Partial()]), target),
         "soft": lambda m: m.update(spread(x, mesh), x.softmax(-1)),
         "crooked": lambda m: m.update(crooked, target),
-        "sequences and classes": lambda m: m.update(both, target),
+        "classes and sequences": lambda m: m.update(both, target),
     }
     seen = {}
     with Collectives() as collectives:
@@ -924,7 +924,7 @@ def test_logits_that_are_spread_otherwise(tmp_path: Path) -> None:
         "sequences": only_classes.format(2) + "(Shard(dim=0),)",
         "time": only_classes.format(2) + "(Shard(dim=1),)",
         "classes are elsewhere": only_classes.format(1) + "(Shard(dim=2),)",
-        "sequences and classes": only_classes.format(2) + "(Shard(dim=0), Shard(dim=2))",
+        "classes and sequences": only_classes.format(2) + "(Shard(dim=2), Shard(dim=0))",
         "partial": only_classes.format(2) + "(Partial(sum),)",
         "soft": only_logits + "input='logits' and torch.float32 targets",
         "probs": only_logits + "input='probs'",
