@@ -18,6 +18,7 @@ from xent_metrics.checks import (
     check_hard,
     check_num_bytes,
     check_weight,
+    free_to_look,
     raises_now,
     without,
 )
@@ -91,7 +92,7 @@ def tally_per_byte(
             raise_invalid(losses, weight, preds, target, options, len(token_bytes))
             return tally_losses(losses, weight)
         assert num_bytes is not None
-        check_num_bytes(num_bytes)
+        check_num_bytes(num_bytes, raises_now(losses.loss))
         raise_invalid(losses, weight, preds, target, options)
         if isinstance(num_bytes, Tensor):
             each = num_bytes.to(losses.loss.device, torch.int64)
@@ -229,9 +230,13 @@ def raise_invalid(
     target: Tensor,
     options: LossOptions | BinaryOptions,
     num_ids: int | None = None,
+    counted: bool = True,
 ) -> None:
-    """Raise, where that is free, if a target that would be scored, its probabilities or its weight are invalid."""
-    if not raises_now(losses.loss):
+    """Raise, where that is free, if a target that would be scored, its probabilities or its weight are invalid.
+
+    What is `counted` raises on all ranks when it is read, and therefore not now if there are several.
+    """
+    if not (raises_now if counted else free_to_look)(losses.loss):
         return
     looked_at = ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
     outside = losses.out_of_range & looked_at

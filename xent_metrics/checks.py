@@ -98,7 +98,7 @@ def check_tensors(
     preds: Tensor, target: Tensor, input: str, class_dim: int, class_weight: Tensor | None, shift: bool
 ) -> None:
     """Raise on dtypes, shapes and devices that do not fit, and say what would."""
-    _check_pair(preds, target)
+    _check_pair(preds, target, may_be_spread=("preds",))
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(
             f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long()."
@@ -174,16 +174,16 @@ def check_hard(target: Tensor, reason: str) -> None:
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}: {reason}.")
 
 
-def check_num_bytes(num_bytes: int | Tensor) -> None:
-    """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers."""
+def check_num_bytes(num_bytes: int | Tensor, looks: bool) -> None:
+    """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers; look at them only if asked to."""
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
-        negative = raises_now(num_bytes) and bool((num_bytes < 0).any())
+        negative = looks and bool((num_bytes < 0).any())
     elif not is_integer(num_bytes):
         raise TypeError(f"`num_bytes` must be an integer or a tensor of integers, got {describe(num_bytes)}.")
     else:
-        negative = num_bytes < 0
+        negative = looks and num_bytes < 0
     if negative:
         raise ValueError(f"`num_bytes` must not be negative, got {num_bytes}; count the UTF-8 bytes of the text.")
 
@@ -253,10 +253,12 @@ def _advice_on_binary(values: Tensor, input: str) -> str:
     return ""
 
 
-def _check_pair(preds: Tensor, target: Tensor) -> None:
+def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = ()) -> None:
     for name, value in (("preds", preds), ("target", target)):
         if not isinstance(value, Tensor):
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor.")
+        if is_dtensor(value) and name not in may_be_spread:
+            raise TypeError(f"`{name}` must be a plain tensor, got a DTensor; pass its to_local() or full_tensor().")
         if value.layout != torch.strided:
             raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
     if preds.dtype not in FLOATS:

@@ -65,11 +65,13 @@ class VocabShard(NamedTuple):
         logits: Of all the rows, and of the classes `[offset, offset + number of them)`.
         offset: The first class.
         group: The ranks that have the other classes.
+        misfit: Why these are not the classes that this rank should have; empty if they are.
     """
 
     logits: Tensor
     offset: int
     group: ProcessGroup
+    misfit: str
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -81,7 +83,7 @@ def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:
     """Return the part of a DTensor's classes that is on this rank; None if it has all of them.
 
     Raises:
-        ValueError: If it is spread in any way but over the classes, or its parts are not those of `torch.chunk`.
+        ValueError: If it is spread in any way but over the classes.
     """
     class_dim %= preds.dim()
     placements = [(dim, p) for dim, p in enumerate(preds.placements) if not p.is_replicate()]
@@ -98,10 +100,7 @@ def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:
     size = -(-num_classes // num_ranks)
     offset = min(preds.device_mesh.get_local_rank(mesh_dim) * size, num_classes)
     expected = min(size, num_classes - offset)
-    if logits.shape[class_dim] != expected:
-        raise ValueError(
-            f"`preds` must be a DTensor of the parts that torch.chunk gives, here {expected} of {num_classes} classes, "
-            f"got {logits.shape[class_dim]}; pass `shape` and `stride` to DTensor.from_local for a last part that is "
-            "smaller."
-        )
-    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim))
+    misfit = ""
+    if logits.shape[class_dim] != expected:  # Not raised here: the other ranks would wait for this one.
+        misfit = f", here {expected} of {num_classes} classes, got {logits.shape[class_dim]}"
+    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim), misfit)

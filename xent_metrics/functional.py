@@ -340,7 +340,7 @@ def per_target_losses(
     options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
     check_class_weight(class_weight, input)
     losses = target_losses(preds, target, options, class_weight)
-    raise_invalid(losses, None, preds, target, options)
+    raise_invalid(losses, None, preds, target, options, counted=False)
     loss = losses.loss.masked_fill(losses.out_of_range, math.nan)
     if losses.improper is not None:
         loss = loss.masked_fill(losses.improper, math.nan)

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent_metrics.checks import check_binary, check_num_classes, check_tensors, is_integer, is_number, without
+from xent_metrics.checks import (
+    check_binary,
+    check_num_classes,
+    check_tensors,
+    free_to_look,
+    is_integer,
+    is_number,
+    without,
+)
 from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
 from xent_metrics.exact import widest_float
 
@@ -195,7 +203,7 @@ class TargetLosses(NamedTuple):
 
     def as_sequences(self, shape: torch.Size) -> TargetLosses:
         """View flat targets of this shape as rows: a sequence is a row, or one target where there are no rows."""
-        rows = (shape[0], -1) if len(shape) > 1 and self.loss.numel() else (-1, 1)
+        rows = (shape[0], shape[1:].numel()) if len(shape) > 1 else (-1, 1)
         return self.map(lambda x: x.view(rows))
 
     def within(self, ids: Tensor, limit: int) -> TargetLosses:
@@ -397,10 +405,11 @@ def _score_shard(
     max_rows = max(2, _BUFFER_BYTES.get(logits.device.type, _ACCELERATOR_BUFFER_BYTES) // (4 * max(1, width)))
     dtype = compute_dtype(logits)
     top = torch.full(index.shape, -math.inf, dtype=dtype, device=index.device)
-    for block, (part,) in _row_blocks([rows], max_rows):
-        if width:
-            top[block] = part.reshape(-1, width).amax(1).to(dtype)
-    top = max_over_ranks(top, shard.group)
+    blocks = list(_row_blocks([rows], max_rows)) if width else []  # A rank may have no classes at all.
+    for block, (part,) in blocks:
+        top[block] = part.reshape(-1, width).amax(1).to(dtype)
+    top, crooked = _max_and_misfit(top, shard, num_classes)
+    out_of_range = out_of_range | (crooked & ~ignored)
 
     local = index - shard.offset
     here = (local >= 0) & (local < width)
@@ -408,9 +417,7 @@ def _score_shard(
     own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
     # Of each row: sum of exponentials, the target's logit, and the sum of all logits; each relative to the largest.
     sums = torch.zeros(3, len(index), dtype=dtype, device=index.device)
-    for block, (part,) in _row_blocks([rows], max_rows):
-        if not width:
-            continue
+    for block, (part,) in blocks:
         relative = part.reshape(-1, width).to(dtype) - top[block, None]
         sums[0, block] = relative.exp().sum(1)
         sums[1, block] = relative.gather(1, local[block, None]).squeeze(1).masked_fill(~here[block], 0.0)
@@ -429,6 +436,23 @@ def _score_shard(
         loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()
         loss.sub_(of_all - log_sum * weight_of_all, alpha=smoothing / num_classes)
     return TargetLosses(loss, norm, ignored, out_of_range).as_sequences(target.shape)
+
+
+def _max_and_misfit(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return the largest of each number over ranks, and whether the parts of the ranks do not fit together.
+
+    What has to be known of the parts travels with the numbers. If they do not fit, all ranks raise, where that is free.
+    """
+    about = top.new_tensor([bool(shard.misfit), num_classes, -num_classes])
+    packed = max_over_ranks(torch.cat([top, about]), shard.group)
+    crooked, most, least = packed[-3:].unbind()
+    misfit = (crooked > 0) | (most != -least)
+    if free_to_look(misfit) and misfit:
+        raise ValueError(
+            f"`preds` must be a DTensor of the parts that torch.chunk gives, of as many classes on every rank"
+            f"{shard.misfit}; pass `shape` and `stride` to DTensor.from_local if the last part is smaller."
+        )
+    return packed[:-3], misfit
 
 
 def _score_soft(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:

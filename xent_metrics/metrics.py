@@ -80,8 +80,9 @@ class CrossEntropy(LossMetric):
         broadcastable to `(...)`. In soft targets `0 * log 0` is 0, where `F.cross_entropy` gives NaN.
 
         Logits may be a DTensor that is sharded over the classes, as `ColwiseParallel(use_local_output=False)` gives, or
-        `DTensor.from_local(part, tensor_mesh, [Shard(-1)])`. They are never gathered: an update exchanges the largest
-        logit of each row, and then two numbers of each. Losses then agree with those of whole rows to 1e-6.
+        `DTensor.from_local(part, tensor_mesh, [Shard(-1)])`, with `shape=` and `stride=` of the whole if the last part
+        is smaller. They are never gathered: an update exchanges the largest logit of each row, and then three numbers
+        of each. Losses then agree with those of whole rows to 1e-6.
 
     Returns:
         A float64 scalar (float32 where the device has no float64), in `unit`. NaN without targets.

@@ -63,13 +63,14 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
                 "itself."
             )
     own = [metric for metric in named.values() if isinstance(metric, TallyMetric)]
-    if len({id(metric.process_group) for metric in own}) > 1 or any(metric.dist_sync_fn for metric in own):
+    reduced = [metric for metric in own if metric.is_to_be_reduced()]
+    if len({id(metric.process_group) for metric in reduced}) > 1 or any(metric.dist_sync_fn for metric in reduced):
         raise ValueError(
             "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
         )
-    tallies = sum_tallies_over_ranks([metric.tally for metric in own], own[0].process_group if own else None)
-    values = [metric.read(tally) for metric, tally in zip(own, tallies, strict=True)]
-    return dict(zip(named, values, strict=True))
+    totals = sum_tallies_over_ranks([metric.tally for metric in reduced], reduced[0].process_group if reduced else None)
+    tallies = {id(metric): total for metric, total in zip(reduced, totals, strict=True)}
+    return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in zip(named, own, strict=True)}
 
 
 class TallyMetric(Metric):
@@ -117,8 +118,9 @@ class TallyMetric(Metric):
         # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
         # So the name carries all that decides an update, and nothing that only decides a reading.
         values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
-        ranks = None if sequence_group is None else torch.distributed.get_process_group_ranks(sequence_group)
-        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values, ranks))
+        # Names must be the same on every rank, which the ranks of a group are not.
+        num_parts = None if sequence_group is None else sequence_group.size()
+        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values, num_parts))
         self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
         self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
 
@@ -147,7 +149,7 @@ class TallyMetric(Metric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
-        The value is read in floating point, some 1e-16 off, and is NaN where `compute` would raise.
+        The value is read in floating point, some 1e-16 off (a standard error 1e-8); NaN where `compute` would raise.
         """
         if self._is_synced:
             raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
@@ -176,6 +178,11 @@ class TallyMetric(Metric):
                 non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
         """
         return self.read(self.tally)
+
+    def is_to_be_reduced(self) -> bool:
+        """Say whether `compute` would add up the tallies of several ranks."""
+        available = self.distributed_available_fn
+        return bool(self.sync_on_compute and not self._is_synced and available and available())
 
     def read(self, tally: Any) -> Any:
         """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
