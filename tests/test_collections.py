@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import pickle
 from copy import deepcopy
 from functools import cache
@@ -120,8 +119,8 @@ def make(row: str, column: int = 0) -> Any:
 def batches_for(binary: bool, first: str, ignored: bool = False) -> list[Batch]:
     """Make a first batch, in which many updates do the same, and another one, in which no two do.
 
-    All losses of a uniform first batch are the same, and none of its targets is a 0 (nor an ignored one): until the
-    second batch there is no difference between most metrics.
+    All losses of a uniform first batch are the same, the groups are the classes, and no target is a 0 (nor an ignored
+    one): until the second batch there is no difference between most metrics.
     """
     batches: list[Batch] = []
     torch.manual_seed(21)
@@ -131,10 +130,13 @@ def batches_for(binary: bool, first: str, ignored: bool = False) -> list[Batch]:
             batches.append({"preds": preds.double(), "target": torch.ones(K, K, dtype=torch.int64)})
         else:
             scores = torch.zeros(2, K, K, K) if kind == "uniform" else 3 * torch.randn(2, K, K, K)
-            target = torch.randint(1, K, (K, K))
-            group = torch.randint(0, 3, (K, K))
+            target, group = torch.randint(1, K, (K, K)), torch.randint(0, 3, (K, K))
             a, b = scores.double().softmax(-1)
-            batches.append({"preds": a, "preds_a": a, "preds_b": b, "target": target, "group": group})
+            preds = a
+            if kind == "uniform":  # Model a is certain, so that what b costs is the difference; groups are classes.
+                target = group = torch.randint(1, 3, (K, K))
+                a = 1e4 * torch.nn.functional.one_hot(target, K).double()
+            batches.append({"preds": preds, "preds_a": a, "preds_b": b, "target": target, "group": group})
     batches[1]["target"][:, ::2] = 0
     if ignored:
         batches[1]["target"][:, 1] = -1 if binary else -100
@@ -238,6 +240,19 @@ def test_all_of_them_together(rows: dict[str, Any], calls: list[str], first: str
     collection.update(**batches[1])
     assert read(collection) == {name: alone(*member, batches[1:2]) for name, member in members.items()}
     assert len(collection.compute_groups) == len(rows)
+
+
+@pytest.mark.parametrize("first", [25, 30])
+def test_bytes_of_the_text_are_kept_apart(first: int) -> None:
+    """A metric that is told the bytes of each batch shares nothing, be it one for each target at first."""
+    collection = MetricCollection([BitsPerToken(), BitsPerByte(), Perplexity()])
+    lone = BitsPerByte()
+    for batch, num_bytes in zip(batches_for(False, "uniform"), (first, 60), strict=True):
+        collection.update(**batch, num_bytes=num_bytes)
+        lone.update(batch["preds"], batch["target"], num_bytes)
+    assert len(collection.compute_groups) == 2
+    assert bits(collection["BitsPerByte"].compute()) == bits(lone.compute())
+    assert bits(collection["BitsPerToken"].compute()) == alone("plain", 3, batches_for(False, "uniform"))
 
 
 def test_without_compute_groups() -> None:
@@ -404,11 +419,15 @@ def test_merge_of_metrics_alike(row: str) -> None:
                 metric.merge_state(other)
 
 
-def test_first_batches_hide_what_differs() -> None:
-    """The uniform first batch is a trap: most pairs of metrics have equal sums after it."""
-    batches = batches_for(False, "uniform")
-    rows = [row for row in ROWS if type(make(row).tally) is type(make("plain").tally)]
-    states = {row: filled(make(row), take(make(row), batches[0])).tally.state.flatten() for row in rows}
-    plain = states.pop("plain")
-    assert sum(torch.equal(plain, state[: len(plain)]) for state in states.values()) >= 4
-    assert math.isclose(make("plain")(**take(make("plain"), batches[0])).item(), math.log(K))
+@pytest.mark.parametrize(
+    "row", ["difference", "ones", "smoothed", "ignore 0", "ignore none", "classes second", "probs"]
+)
+def test_first_batches_hide_what_differs(row: str) -> None:
+    """The uniform first batch is a trap: metrics that differ have equal states after it."""
+    (batch, _) = batches_for(False, "uniform")
+    states = [filled(make(name), take(make(name), batch)).tally.state for name in ("plain", row)]
+    assert torch.allclose(*states, rtol=1e-5)
+    groups = [
+        filled(make(name), take(make(name), batch)).tally.state for name in ("normalized", "as many groups as classes")
+    ]
+    assert torch.equal(*groups)

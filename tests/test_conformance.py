@@ -207,6 +207,8 @@ def test_half_precision_inputs(case: Case, dtype: torch.dtype) -> None:
 
 def nothings(batch: Batch, ignore_index: int) -> Iterator[Batch]:
     """Make batches without a scored target: an empty one, masked ones, and one of ignored targets."""
+    if "num_bytes" in batch:
+        batch = {**batch, "num_bytes": 0}  # Bytes that are given count, whatever is scored.
     yield some_rows(batch, slice(0, 0))
     for mask in (torch.tensor(False), torch.zeros(1)):
         yield {**batch, "weight": mask}
@@ -494,6 +496,7 @@ def test_merge(case: Case, form: str) -> None:
     merge(metric, other)
     assert metric.update_count == (3 if form == "metric" else 2)
     assert bits(metric.compute()) == bits(case.filled(*batches).compute()) != bits(before)
+    assert torch.equal(metric.tally.state, case.filled(*batches).tally.state)
     assert torch.equal(other.tally.state, incoming)
     merge(metric, case.metric())
     assert bits(metric.compute()) == bits(case.filled(*batches).compute())

@@ -29,7 +29,8 @@ def values(preds: Tensor, target: Tensor, weight: Tensor | None = None, **option
 @pytest.fixture(name="deferred")
 def _deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bad values on the CPU be counted, as they are on an accelerator."""
-    monkeypatch.setattr("xent_metrics.checks.free_to_look", lambda _: False)
+    for module in ("checks", "batch"):
+        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
 
 
 def test_readings_agree() -> None:

@@ -149,7 +149,8 @@ def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, op
         losses, weight = _score(preds, target, weight, options)
         raise_invalid(losses, weight, preds, target, options)
         entropies = losses._replace(loss=target_entropies(preds, target, options).view_as(losses.loss))
-        finite = losses.loss.abs() < LIMIT
+        weighted = losses.loss if weight is None or weight.dtype == torch.bool else losses.loss * weight
+        finite = weighted.abs() < LIMIT
         parts = (losses, *(entropies._replace(ignored=losses.ignored | left_out) for left_out in (~finite, finite)))
         return Tally.stack(*(tally_losses(part, weight) for part in parts))
 

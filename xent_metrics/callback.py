@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler, IterableDataset
-from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.batch import tally_batch
 from xent_metrics.distributed import is_distributed, unrepeated
@@ -81,7 +80,9 @@ class CrossEntropyMonitor(Callback):
 
     A run that is resumed in the middle of an epoch goes on with the tallies of its checkpoint, also on another number
     of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
-    position (`state_dict` and `load_state_dict`): Lightning starts a plain `DataLoader` from its beginning again.
+    position (`state_dict` and `load_state_dict`): Lightning starts a plain `DataLoader` from its beginning again. A
+    checkpoint that was written because of an exception on several ranks lacks what was tallied since the last log
+    point, as the rank that failed cannot ask the others.
 
     All values go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor
     them. Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
@@ -99,6 +100,8 @@ class CrossEntropyMonitor(Callback):
 
         Trainer(callbacks=[CrossEntropyMonitor(), EarlyStopping("val/cross_entropy")])
     """
+
+    _window: Tally
 
     def __init__(
         self,
@@ -123,26 +126,23 @@ class CrossEntropyMonitor(Callback):
         self._report.to(trainer.strategy.root_device)
         self._group = _data_parallel_group(trainer)
         self._forget()
-        for name in self._epoch_tags() if is_distributed() else ():
-            # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
-            warnings.filterwarnings("ignore", f".*{re.escape(f'self.log({name!r}')}", UserWarning)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            for name in self._epoch_tags():
+                # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
+                warnings.filterwarnings("ignore", f".*{re.escape(f'self.log({name!r}')}", UserWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
 
-        After an exception only the rank that failed may be here: what was tallied since the last log point is then
-        left out.
+        After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
+        log point is then left out.
         """
-        window = self._zero() if self._failed else self._over_ranks(self._window)
-        return {"window": window.state, "earlier": self._earlier.state, "epoch": self._epoch.state}
+        window = self._zero() if self._failed and is_distributed() else self._over_ranks(self._window)
+        return {"earlier": (self._earlier + window).state, "epoch": (self._epoch + window).state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on in the middle of an epoch, on any number of ranks: one of them gets what was not yet reduced."""
-        window, self._earlier, self._epoch = (
-            Tally(state_dict[name].to(self._report.device)) for name in ("window", "earlier", "epoch")
-        )
-        first = not is_distributed() or torch.distributed.get_rank(self._group) == 0
-        self._window = window if first else self._zero()
+        """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied."""
+        self._earlier, self._epoch = (Tally(state_dict[name].to(self._report.device)) for name in ("earlier", "epoch"))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for no other rank from now on."""
@@ -156,11 +156,12 @@ class CrossEntropyMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tally the batch, and log the window if Lightning is about to write."""
-        if pl_module.automatic_optimization:
-            if not outputs:
-                return  # The step returned None: Lightning skips such a batch.
+        if trainer.fit_loop.batch_idx == 0:
+            self._epoch = self._zero()  # Lightning does not announce an epoch that starts where a run is resumed.
+        if outputs and pl_module.automatic_optimization:
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        self._window = self._window + self._tally("training_step", outputs, batch)
+        if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
+            self._window = self._window + self._tally("training_step", outputs, batch)
         if _is_log_point(trainer, pl_module):
             window = self._close_window()
             pl_module.log_dict(self._tagged("train", window + self._earlier), on_step=True, on_epoch=False)
@@ -217,8 +218,8 @@ class CrossEntropyMonitor(Callback):
         return Tally.zero(self._report.device)
 
     def _forget(self) -> None:
-        # The window is of this rank and not yet carried into the rest, which is of all ranks together. At the end of
-        # an epoch it is split: `_earlier` is the part of it that the last epoch got.
+        # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what
+        # was reduced before it was logged: at the end of an epoch, or by a checkpoint.
         self._window, self._earlier, self._epoch = self._zero(), self._zero(), self._zero()
         self._evaluation = self._zero()
         self._failed = False
@@ -254,10 +255,11 @@ class CrossEntropyMonitor(Callback):
         """
         loader = tree_leaves(loaders)[dataloader_idx]
         sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-        if not is_distributed() or sampler is None or isinstance(loader.dataset, IterableDataset):
+        if not is_distributed() or sampler is None or isinstance(getattr(loader, "dataset", None), IterableDataset):
             return None
         if not isinstance(sampler, DistributedSampler) or batch_size is None:
-            self._warn_repeated(f"the {stage} loader has a {type(sampler).__name__} or batches of its own")
+            own = "batches of its own" if batch_size is None else f"a {type(sampler).__name__}"
+            self._warn_repeated(f"the {stage} loader has {own}")
             return None
         if sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
             return None
@@ -269,7 +271,9 @@ class CrossEntropyMonitor(Callback):
         """Say once that samples may be counted twice."""
         if reason not in self._warned:
             self._warned.add(reason)
-            rank_zero_warn(
+            if torch.distributed.get_rank() != 0:
+                return
+            warnings.warn(
                 f"`CrossEntropyMonitor` cannot tell which samples ranks draw twice to be equally many, since {reason}: "
                 "all of them are counted; use `torch.utils.data.DistributedSampler` and return targets with a row for "
                 "each sample, or make the number of samples a multiple of the number of ranks.",

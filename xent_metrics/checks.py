@@ -179,13 +179,22 @@ def check_num_bytes(num_bytes: int | Tensor, looks: bool) -> None:
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
-        negative = looks and bool((num_bytes < 0).any())
+        negative = looks and bool((num_bytes.to(torch.int64) < 0).any())  # Unsigned ones cannot be compared.
     elif not is_integer(num_bytes):
         raise TypeError(f"`num_bytes` must be an integer or a tensor of integers, got {describe(num_bytes)}.")
     else:
         negative = looks and num_bytes < 0
     if negative:
         raise ValueError(f"`num_bytes` must not be negative, got {num_bytes}; count the UTF-8 bytes of the text.")
+
+
+def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None:
+    """Raise if losses are to be left out whose bytes cannot be."""
+    if nan_policy == "omit" and num_bytes is not None:
+        raise ValueError(
+            "`nan_policy` must not be 'omit' with `num_bytes`, which hold the bytes of the targets that would be left "
+            "out; pass `token_bytes`, or another policy."
+        )
 
 
 def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:

@@ -28,6 +28,7 @@ from xent_metrics.checks import (
     check_class_weight,
     check_distributions,
     check_num_classes,
+    check_omitted_bytes,
     check_pos_weight,
     free_to_look,
     raises_now,
@@ -168,6 +169,7 @@ def bits_per_byte(
     tensor(2.0000, dtype=torch.float64)
     """
     check_reading(nan_policy)
+    check_omitted_bytes(nan_policy, num_bytes)
     if token_bytes is not None:
         token_bytes = as_token_table(token_bytes)
     options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)

@@ -292,6 +292,8 @@ def binary_losses(
         ValueError: If shapes or devices do not fit.
     """
     check_binary(preds, target, pos_weight)
+    if not target.is_floating_point():
+        target = as_index(target)  # Unsigned integers cannot be compared.
     with torch.no_grad():
         ignored = torch.zeros_like(target, dtype=torch.bool)
         if options.ignore_index is not None:

@@ -26,6 +26,7 @@ from xent_metrics.checks import (
     check_class_weight,
     check_distributions,
     check_num_classes,
+    check_omitted_bytes,
     check_pos_weight,
 )
 from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LossOptions, SmoothingOver
@@ -280,7 +281,8 @@ class BitsPerByte(TallyMetric):
             raw bytes of the tokens. Ids beyond its end are as wrong as ids beyond the classes. None, if `num_bytes`
             comes with every batch.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`.
+    The other arguments, shapes and errors are those of `CrossEntropy`; `nan_policy="omit"` needs the table, since of a
+    target that is left out the bytes are to be left out too.
 
     Returns:
         A float64 scalar. NaN without targets, and without bytes.
@@ -338,6 +340,7 @@ class BitsPerByte(TallyMetric):
         weight: Tensor | None = None,
     ) -> Tally:
         assert isinstance(self.options, LossOptions)
+        check_omitted_bytes(self.nan_policy, num_bytes)
         return tally_per_byte(preds, target, num_bytes, weight, self.options, self.token_bytes)  # type: ignore[arg-type]
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:

@@ -125,7 +125,8 @@ class ExactReading:
             if totals.nan or (totals.positive_infinite and totals.negative_infinite):
                 return math.nan
             return math.inf if totals.positive_infinite else -math.inf
-        return Fraction(totals.loss, totals.weight) if totals.weight else math.nan
+        # The weight of no targets may be positive: bytes that were given for a text of which nothing was scored.
+        return Fraction(totals.loss, totals.weight) if totals.weight and totals.scored else math.nan
 
     @property
     def cross_entropy(self) -> float:
@@ -225,7 +226,7 @@ class DeviceReading:
     def _mean(self, loss: Tensor, weight: Tensor) -> Tensor:
         """See `ExactReading.cross_entropy`."""
         count = self.tally.count_on_device
-        mean: Tensor = (loss / weight).masked_fill(weight == 0, math.nan)
+        mean: Tensor = (loss / weight).masked_fill((weight == 0) | (count("scored") == 0), math.nan)
         if self.nan_policy == "propagate":
             mean = mean.masked_fill(count("positive_infinite") > 0, math.inf)
             mean = mean.masked_fill(count("negative_infinite") > 0, -math.inf)
@@ -296,8 +297,8 @@ class DeviceReading:
         overall = DeviceReading(self.tally.overall(), self.nan_policy).cross_entropy
         weight = self.sums["weight"]
         entropy = torch.special.entr(weight / weight.sum()).sum()
-        undefined = (entropy == 0) | (self.tally.groupless_on_device() > 0)
-        return torch.div(overall, entropy).masked_fill(undefined, math.nan)
+        value = torch.where(overall.isinf(), overall, (overall / entropy).masked_fill(entropy == 0, math.nan))
+        return value.masked_fill(self.tally.groupless_on_device() > 0, math.nan)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -359,8 +360,10 @@ class GroupReading:
     @property
     def normalized_cross_entropy(self) -> float:
         """Cross-entropy over the entropy of the frequencies; NaN where that is 0, and without targets."""
-        entropy = self.entropy
-        return self.overall.cross_entropy / entropy if entropy else math.nan
+        overall, entropy = self.overall.cross_entropy, self.entropy
+        if math.isinf(overall):
+            return overall  # Whatever the frequencies: they lack the targets that made it so.
+        return overall / entropy if entropy else math.nan
 
     def _means(self, unit: Fraction) -> list[float]:
         """Divide loss by weight for each group; an integer over an integer is rounded once."""

@@ -105,12 +105,11 @@ class Tally:
         return Tally(torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1))
 
     def with_weight(self, weight: Tensor) -> Tally:
-        """Return the tally with another denominator, an integer, that its targets share; none for no targets."""
-        sums, counts = self.state[:NUM_SUM_LIMBS].clone(), self.state[NUM_SUM_LIMBS:].clone()
-        scored, invalid = counts[COUNTS.index("scored")], counts[COUNTS.index("invalid_weight")]
-        sums[NUM_LIMBS : 2 * NUM_LIMBS] = _ones_limb(weight.clamp(min=0) * (scored > 0))
-        invalid += weight < 0
-        return Tally(torch.cat([sums, counts]))
+        """Return the tally with another denominator, an integer that its targets share; a negative one is invalid."""
+        state = self.state.clone()
+        state[NUM_LIMBS : 2 * NUM_LIMBS] = _ones_limb(weight.clamp(min=0))
+        state[NUM_SUM_LIMBS + COUNTS.index("invalid_weight")] += weight < 0
+        return Tally(state)
 
     def cpu(self) -> Tally:
         """Copy the tally to the host."""

@@ -212,10 +212,12 @@ class TallyMetric(Metric):
         """Add the tally of another metric that is configured alike."""
         incoming = incoming_state.metric_state if isinstance(incoming_state, TallyMetric) else incoming_state
         if isinstance(incoming, dict) and self._state_name not in incoming:
-            other = incoming_state.options if isinstance(incoming_state, TallyMetric) else list(incoming)
+            other: Any = list(incoming)
+            if isinstance(incoming_state, TallyMetric):
+                other = f"{type(incoming_state).__name__} with {incoming_state.options}"
             raise ValueError(
-                "`incoming_state` must come from a metric with the same options and class weights, here "
-                f"{self.options}, got {other}; merge metrics whose updates are configured alike."
+                "`incoming_state` must come from a metric with the same options, weights, tables and groups as "
+                f"this {type(self).__name__} with {self.options}, got {other}; merge metrics that are configured alike."
             )
         super().merge_state(incoming_state)
         self.tally = self._tally_type(torch.zeros_like(self.tally.state)) + self.tally
