@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 examples/custom_loop.py
 tensorboard --logdir runs/custom_loop
 
+It needs tensorboard beside the library (`pip install .[lightning]` brings it).
+
 The text is drawn from a Markov chain, so its entropy is known: no model gets below it. Documents differ in length and
 ranks in their number of documents, which is where a mean of batch means goes wrong. The training and validation lines
 differ from one number of ranks to another: more ranks take more documents a step, and gradients are sums of floats,
@@ -121,7 +123,7 @@ def main() -> None:
     """Train, evaluate, and print from the first rank what all of them found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps, a multiple of 10")
-    parser.add_argument("--log-dir", default="runs/custom_loop", help="where TensorBoard looks")
+    parser.add_argument("--log-dir", help="a folder for TensorBoard; by default one for each number of ranks")
     parser.add_argument(
         "--rendezvous", default="env://", help="how ranks find each other; env:// is what torchrun sets"
     )
@@ -135,7 +137,7 @@ def main() -> None:
     else:
         dist.init_process_group("gloo", init_method=args.rendezvous, rank=rank, world_size=num_ranks)
     try:
-        run(rank, num_ranks, args.steps, args.log_dir)
+        run(rank, num_ranks, args.steps, args.log_dir or f"runs/custom_loop/{num_ranks}_ranks")
     finally:
         dist.destroy_process_group()
 
@@ -158,17 +160,17 @@ def run(rank: int, num_ranks: int, steps: int, log_dir: str) -> None:
         bounds = [validation[f"cross_entropy_{end}"] / math.log(2) for end in ("lower", "upper")]
         print(f"The text's own entropy: {entropy_rate(markov_chain()):.4f} bits per token")
         print(
-            f"Training, last {LOG_EVERY} steps of {num_ranks} ranks: {window['bits_per_token']:.4f} bits per token of "
-            f"{window['num_tokens']} (another number of ranks trains another model)"
+            f"Training, last {LOG_EVERY} steps, number of ranks {num_ranks}: {window['bits_per_token']:.4f} bits per "
+            f"token of {window['num_tokens']} (another number of ranks trains another model)"
         )
         print(
             f"Validation: {validation['bits_per_token']:.4f} bits per token, "
             f"95 % interval {bounds[0]:.4f} to {bounds[1]:.4f}"
         )
         print(
-            f"Evaluation of fixed weights (the same bits on any number of ranks): "
-            f"{fixed['bits_per_token'].item().hex()} bits per token of {fixed['num_tokens']}, "
-            f"standard error {fixed['cross_entropy_stderr'].item().hex()} nats"
+            f"Evaluation of fixed weights: {fixed['bits_per_token']:.4f} bits per token of {fixed['num_tokens']}; the "
+            f"same to the last digit on any number of ranks: {fixed['bits_per_token'].item().hex()}, standard error "
+            f"{fixed['cross_entropy_stderr'].item().hex()} nats"
         )
 
 

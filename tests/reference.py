@@ -23,8 +23,8 @@ class Target(NamedTuple):
 def log_softmax(logits: Sequence[float]) -> list[float]:
     """Log-probabilities of one row of logits."""
     top = max(logits)
-    log_sum = top + math.log(math.fsum(math.exp(x - top) for x in logits))
-    return [x - log_sum for x in logits]
+    log_sum = math.log(math.fsum(math.exp(x - top) for x in logits))
+    return [x - top - log_sum for x in logits]
 
 
 def log_probabilities(row: Sequence[float], form: str = "logits", eps: float | None = None) -> list[float]:

@@ -6,12 +6,16 @@ accelerator. Tallies are not carried yet, which adding them to another does.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from xent_metrics.checks import (
+    BYTES_LIMIT,
     WEIGHT_LIMIT,
     check_device,
     check_group,
@@ -92,13 +96,15 @@ def tally_per_byte(
             raise_invalid(losses, weight, preds, target, options, len(token_bytes))
             return tally_losses(losses, weight)
         assert num_bytes is not None
-        check_num_bytes(num_bytes, raises_now(losses.loss))
+        check_num_bytes(num_bytes, losses.loss, raises_now(losses.loss))
         raise_invalid(losses, weight, preds, target, options)
         if isinstance(num_bytes, Tensor):
-            each = num_bytes.to(losses.loss.device, torch.int64)
+            each = num_bytes.to(torch.int64)
         else:  # Not as_tensor, of which compiled code makes a constant.
-            each = torch.full((), num_bytes, dtype=torch.int64, device=losses.loss.device)
-        return tally_losses(losses, weight).with_weight(torch.where((each < 0).any(), -1, each.sum()))
+            within = max(-1, min(num_bytes, BYTES_LIMIT))
+            each = torch.full((), within, dtype=torch.int64, device=losses.loss.device)
+        invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
+        return tally_losses(losses, weight).with_weight(torch.where(invalid, -1, each.sum()))
 
 
 def tally_grouped(
@@ -165,10 +171,12 @@ def tally_difference(
 ) -> Tally:
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with torch.no_grad():
-        first, _ = _score(preds_a, target, None, options)
-        second, weight = _score(preds_b, target, weight, options)
-        for preds, losses in ((preds_a, first), (preds_b, second)):
-            raise_invalid(losses, weight, preds, target, options)
+        with _called("preds_a"):
+            first, rows = _score(preds_a, target, weight, options)
+            raise_invalid(first, rows, preds_a, target, options)
+        with _called("preds_b"):
+            second, weight = _score(preds_b, target, weight, options)
+            raise_invalid(second, weight, preds_b, target, options)
         return tally_losses(difference(first, second), weight, sequence_group)
 
 
@@ -182,6 +190,15 @@ def tally_binary(
             weight = _as_weight(weight, target.shape, LossOptions(), losses)
         raise_invalid(losses, weight, preds, target, options)
         return tally_losses(losses, weight)
+
+
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Let errors about `preds` name the argument that it is called by."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`preds`", f"`{name}`")) from None
 
 
 def _score(
@@ -277,11 +294,14 @@ def _explain_target(
             "them by their sum, or mask them with `weight`."
         )
     example = target.reshape(-1)[outside][0].item()
+    fix = _fix(example, "check the vocabulary size")
     limit = preds.shape[options.class_dim] if options.input != "losses" else num_ids
+    if num_ids is not None and limit is not None and num_ids <= example < limit:
+        fix = f"`token_bytes` has {num_ids} entries for {limit} classes: make it of this vocabulary, or pad it with 0"
     limit = limit if num_ids is None or limit is None else min(limit, num_ids)
     return (
         f"`target` must hold class indices in [0, {limit}){_or_ignored(options)}, got {number} that are neither, such "
-        f"as {example}; {_fix(example, 'check the vocabulary size')}."
+        f"as {example}; {fix}."
     )
 
 
@@ -291,7 +311,8 @@ def _or_ignored(options: LossOptions | BinaryOptions) -> str:
 
 def _fix(example: float, otherwise: str) -> str:
     """Say what to do about a target: negative integers usually mark what is to be left out."""
-    return f"pass ignore_index={int(example)} if it marks targets to leave out" if example < 0 else otherwise
+    marks = example < 0 and math.isfinite(example) and example == int(example)
+    return f"pass ignore_index={int(example)} if it marks targets to leave out" if marks else otherwise
 
 
 def _raise_groupless(losses: TargetLosses, weight: Tensor | None, group: Tensor, num_groups: int) -> None:

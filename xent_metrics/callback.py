@@ -64,7 +64,8 @@ class CrossEntropyMonitor(Callback):
     - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
       known of sequences there is no interval.
 
-    `labels` is accepted for `target`. It is aligned with `logits` (position t is scored by `logits[:, t]`).
+    `labels` is accepted for `target`. Either is aligned with `logits` (position t is scored by `logits[:, t]`), unless
+    `shift` says otherwise.
 
     Logged metrics:
         - `train/cross_entropy`, `train/bits_per_token`, `train/perplexity`: over all targets since the last log
@@ -92,6 +93,8 @@ class CrossEntropyMonitor(Callback):
             else. `outputs["loss"]` is then the loss as the step returned it.
         class_dim: The dimension of `logits` that counts classes.
         ignore_index: The target that is not scored; None for none.
+        shift: Let `logits[:, t]` score target t + 1, for logits and labels of one length as Hugging Face models have
+            them; `losses` are aligned with their targets already.
 
     Raises:
         ValueError: In a step's hook, if the step returned none of the forms.
@@ -108,10 +111,12 @@ class CrossEntropyMonitor(Callback):
         extract: Callable[[Any, Any], Mapping[str, Any]] | None = None,
         class_dim: int = -1,
         ignore_index: int | None = -100,
+        shift: bool = False,
     ) -> None:
         self.extract = extract
         self.class_dim = class_dim
         self.ignore_index = ignore_index
+        self.shift = shift
         self._report = CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index)
         self._group: ProcessGroup | None = None
         self._forget()
@@ -119,7 +124,7 @@ class CrossEntropyMonitor(Callback):
     @property
     def state_key(self) -> str:
         """Tell instances apart that are set up differently, so that each gets its own state back."""
-        return self._generate_state_key(class_dim=self.class_dim, ignore_index=self.ignore_index)
+        return self._generate_state_key(class_dim=self.class_dim, ignore_index=self.ignore_index, shift=self.shift)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move to the device of the run and forget the last one."""
@@ -290,7 +295,8 @@ class CrossEntropyMonitor(Callback):
             kinds: tuple[Input, ...] = ("losses", "logits")
             for kind in kinds:
                 if kind in form and target is not None:
-                    options = LossOptions(kind, self.class_dim, ignore_index=self.ignore_index)
+                    shift = self.shift and kind == "logits"
+                    options = LossOptions(kind, self.class_dim, ignore_index=self.ignore_index, shift=shift)
                     return tally_batch(*self._first(drawn, form[kind], target), None, options)
             if "loss" in form and "num_tokens" in form:
                 if drawn is not None:

@@ -19,7 +19,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHT_LIMIT = 2.0**47
 """Weights of targets and of classes are below this, so that their product fits the limbs of a tally."""
 
-_BYTES_LIMIT = 2**24  # Of one token: exact in float32 too.
+BYTES_LIMIT = 2**47
+"""Numbers of bytes of a batch are below this, so that they can be summed for ever."""
+
+_TOKEN_BYTES_LIMIT = 2**24  # Exact in float32 too.
 _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
 
 
@@ -36,6 +39,11 @@ def raises_now(values: Tensor) -> bool:
     return free_to_look(values) and not is_distributed()
 
 
+def on_host(values: Any) -> Any:
+    """Copy a tensor to the host if there is anything to copy: a metric that is being made may wait for its device."""
+    return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
+
+
 def check_class_weight(class_weight: Tensor | None, input: str) -> None:
     """Raise unless `class_weight` is None or a vector of finite weights that are not negative."""
     if class_weight is None:
@@ -44,8 +52,10 @@ def check_class_weight(class_weight: Tensor | None, input: str) -> None:
         raise ValueError("`class_weight` must be None with `input='losses'`: weigh where the losses are made.")
     if not isinstance(class_weight, Tensor) or not class_weight.is_floating_point() or class_weight.dim() != 1:
         raise TypeError(
-            f"`class_weight` must be a 1-D float tensor with a weight for each class, got {describe(class_weight)}."
+            f"`class_weight` must be a 1-D float tensor with a weight for each class, got {describe(class_weight)}; "
+            "make it with torch.tensor."
         )
+    _check_dense("class_weight", class_weight)
     _check_weights("class_weight", class_weight)
 
 
@@ -55,8 +65,10 @@ def check_pos_weight(pos_weight: Tensor | None) -> None:
         return
     if not isinstance(pos_weight, Tensor) or not pos_weight.is_floating_point():
         raise TypeError(
-            f"`pos_weight` must be a float tensor that is broadcastable to `target`, got {describe(pos_weight)}."
+            f"`pos_weight` must be a float tensor that is broadcastable to `target`, got {describe(pos_weight)}; make "
+            "it with torch.tensor."
         )
+    _check_dense("pos_weight", pos_weight)
     _check_weights("pos_weight", pos_weight)
 
 
@@ -77,9 +89,10 @@ def as_token_table(token_bytes: Tensor) -> Tensor:
             f"`token_bytes` must be a 1-D integer tensor with the bytes of each token, got {describe(token_bytes)}; "
             "build it with token_byte_lengths(tokenizer)."
         )
+    _check_dense("token_bytes", token_bytes)
     table = token_bytes.to(torch.int64)
     if free_to_look(table):
-        bad = table[(table < 0) | (table >= _BYTES_LIMIT)]
+        bad = table[(table < 0) | (table >= _TOKEN_BYTES_LIMIT)]
         if bad.numel():
             raise ValueError(
                 f"`token_bytes` must hold numbers of bytes, not negative and below 2**24, got {bad[0].item()}; use 0 "
@@ -155,9 +168,17 @@ def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) 
 def check_weight(weight: Tensor, shape: torch.Size, preds: Tensor) -> None:
     """Raise unless `weight` is a tensor of numbers or booleans for targets of this shape."""
     if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
-        raise TypeError(f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}.")
+        raise TypeError(
+            f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}; make it with "
+            "torch.tensor."
+        )
     check_device("weight", weight, preds)
-    check_broadcastable("weight", weight, shape, "class weights go to `class_weight`")
+    check_broadcastable(
+        "weight",
+        weight,
+        shape,
+        "weights of sequences go in as weight[:, None], those of classes as `class_weight`",
+    )
 
 
 def check_distributions(input: str) -> None:
@@ -174,18 +195,25 @@ def check_hard(target: Tensor, reason: str) -> None:
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}: {reason}.")
 
 
-def check_num_bytes(num_bytes: int | Tensor, looks: bool) -> None:
+def check_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> None:
     """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers; look at them only if asked to."""
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
-        negative = looks and bool((num_bytes.to(torch.int64) < 0).any())  # Unsigned ones cannot be compared.
+        _check_dense("num_bytes", num_bytes)
+        check_device("num_bytes", num_bytes, preds)
+        each = num_bytes.to(torch.int64)  # Unsigned ones cannot be compared.
+        bad = looks and bool(((each < 0) | (each >= BYTES_LIMIT)).any())
     elif not is_integer(num_bytes):
-        raise TypeError(f"`num_bytes` must be an integer or a tensor of integers, got {describe(num_bytes)}.")
+        raise TypeError(
+            f"`num_bytes` must be an integer or a tensor of integers, got {describe(num_bytes)}; pass their sum."
+        )
     else:
-        negative = looks and num_bytes < 0
-    if negative:
-        raise ValueError(f"`num_bytes` must not be negative, got {num_bytes}; count the UTF-8 bytes of the text.")
+        bad = looks and not 0 <= num_bytes < BYTES_LIMIT
+    if bad:
+        raise ValueError(
+            f"`num_bytes` must not be negative (and below 2**47), got {num_bytes}; count the UTF-8 bytes of the text."
+        )
 
 
 def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None:
@@ -210,7 +238,7 @@ def advice(preds: Tensor, input: str, class_dim: int | None) -> str:
 
     Only on the CPU, where a look is free, and only what most of the rows agree on, since some may be masked.
     """
-    if preds.numel() == 0 or not free_to_look(preds) or is_dtensor(preds):
+    if input == "losses" or preds.numel() == 0 or not free_to_look(preds) or is_dtensor(preds):
         return ""
     with torch.no_grad():
         if class_dim is None:
@@ -219,33 +247,40 @@ def advice(preds: Tensor, input: str, class_dim: int | None) -> str:
 
 
 def _first_rows(preds: Tensor, class_dim: int) -> Tensor:
-    """Return the first rows of classes in float64, without copying the rest."""
+    """Return the first rows of classes, without copying the rest."""
     rows = preds.movedim(class_dim, -1) if preds.dim() else preds.view(1, 1)
     while rows.dim() > 2:
         inner = rows.shape[1:-1].numel()
         rows = rows[: -(-_LOOKED_AT // inner)]
         rows = rows[0] if inner >= _LOOKED_AT else rows.flatten(0, -2)
-    return rows.reshape(-1, rows.shape[-1])[:_LOOKED_AT].double()
+    return rows.reshape(-1, rows.shape[-1])[:_LOOKED_AT]
 
 
 def _advice_on_rows(rows: Tensor, input: str) -> str:
     if rows.shape[1] < 2:
         return ""
-    in_range = ((rows >= 0) & (rows <= 1)).all(1)
-    excess = (rows.sum(1) - 1).abs()
-    if input == "logits" and _most(in_range & (excess < 1e-2)):
+    # A row at a time: a few dozen rows of a large vocabulary would be as large as a batch.
+    in_range, excess, log_sum = torch.tensor([_facts_of(row) for row in rows]).unbind(1)
+    if input == "logits" and _most((in_range == 1) & (excess < 1e-2)):
         return "look like probabilities (in [0, 1], with sums of 1) but are read as logits; pass input='probs'."
-    if input == "probs" and _most(in_range & (excess > 5e-2)):
+    if input == "probs" and _most((in_range == 1) & (excess > 5e-2)):
         return (
             "are read as probabilities but do not sum to 1, and are not renormalised; if they are scores, pass "
             "input='logits'."
         )
-    if input == "log_probs" and _most(rows.logsumexp(1).abs() > 0.1):
+    if input == "log_probs" and _most(log_sum.abs() > 0.1):
         return (
             "are read as log-probabilities but their exponentials do not sum to 1; pass input='logits' to normalise "
             "them."
         )
     return ""
+
+
+def _facts_of(row: Tensor) -> tuple[float, float, float]:
+    """Return whether a row is in [0, 1], how far its sum is from 1, and the logarithm of its sum of exponentials."""
+    row = row.float()
+    low, high = row.aminmax()
+    return float(low >= 0 and high <= 1), abs(row.sum().item() - 1), row.logsumexp(0).item()
 
 
 def _most(rows: Tensor) -> bool:
@@ -256,7 +291,7 @@ def _advice_on_binary(values: Tensor, input: str) -> str:
     """Ask for several logits, all in [0, 1] and on both sides of 0.5: those of an untrained model are around 0."""
     if input != "logits" or len(values) < _LOOKED_AT // 4:
         return ""
-    low, high = values.aminmax()
+    low, high = values.float().aminmax()
     if 0 <= low < 0.5 < high <= 1:
         return "look like probabilities (all in [0, 1]) but are read as logits; pass input='probs'."
     return ""
@@ -268,8 +303,7 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
             raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor.")
         if is_dtensor(value) and name not in may_be_spread:
             raise TypeError(f"`{name}` must be a plain tensor, got a DTensor; pass its to_local() or full_tensor().")
-        if value.layout != torch.strided:
-            raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
+        _check_dense(name, value)
     if preds.dtype not in FLOATS:
         raise TypeError(
             f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float()."
@@ -278,6 +312,11 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
         raise ValueError(
             f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."
         )
+
+
+def _check_dense(name: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
 
 
 def check_device(name: str, value: Tensor, preds: Tensor) -> None:
@@ -323,11 +362,18 @@ def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> 
     if fitting:
         return f"it would fit with class_dim={fitting[0]}"
     if target == preds:
-        return "integers of preds' shape look like one-hot targets: pass their argmax, or floats for soft targets"
+        return (
+            "integers of preds' shape look like one-hot targets: pass their argmax, or floats for soft targets; losses "
+            "need input='losses', and yes-or-no targets BinaryCrossEntropy"
+        )
     if len(target) == len(expected):
         differing = [dim for dim in range(len(target)) if target[dim] != expected[dim]]
         if len(differing) == 1 and abs(target[differing[0]] - expected[differing[0]]) == 1:
-            return "they are one apart: shift, so that preds[:, :-1] is scored against target[:, 1:]"
+            longer = "target[:, 1:]" if target[differing[0]] > expected[differing[0]] else "preds[:, :-1]"
+            return (
+                f"they are one apart in time: to score each position's next target pass {longer}, or both as they came "
+                "from the model and the data with shift=True"
+            )
     return "give every row of classes in `preds` one target"
 
 
@@ -335,7 +381,8 @@ def describe(value: Any) -> str:
     """Say what was passed, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
 
 def without(shape: torch.Size, dim: int) -> torch.Size:

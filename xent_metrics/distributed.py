@@ -21,6 +21,17 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def check_group_of_ranks(name: str, group: Any) -> None:
+    """Raise unless a value is None or a group of ranks."""
+    if group is not None and not (
+        torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+    ):
+        raise TypeError(
+            f"`{name}` must be a process group of torch.distributed or None, got {type(group).__name__} {group!r}; "
+            "make it with torch.distributed.new_group, or take it from a device mesh."
+        )
+
+
 def sum_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Return the sum of a tensor over the ranks of a group, or of all: one collective."""
     total = x.clone()
@@ -53,6 +64,12 @@ def unrepeated(sampler: DistributedSampler[Any], start: int, num_samples: int) -
     Returns:
         A number in `[0, num_samples]`.
     """
+    if not all(hasattr(sampler, name) for name in ("rank", "num_replicas", "dataset")):
+        raise TypeError(
+            f"`sampler` must be a DistributedSampler, got {type(sampler).__name__}; no other repeats samples."
+        )
+    if start < 0 or num_samples < 0:
+        raise ValueError(f"`start` and `num_samples` must not be negative, got {start} and {num_samples}.")
     # Sample i of rank r is entry `r + i * num_replicas` of the list of all samples followed by the repeated ones.
     own = range(sampler.rank, len(sampler.dataset), sampler.num_replicas)  # type: ignore[arg-type]
     return min(max(len(own) - start, 0), num_samples)

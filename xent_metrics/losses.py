@@ -32,7 +32,7 @@ from xent_metrics.checks import (
     without,
 )
 from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
-from xent_metrics.exact import widest_float
+from xent_metrics.exact import LIMIT, widest_float
 
 Input = Literal["logits", "log_probs", "probs", "losses"]
 BinaryInput = Literal["logits", "probs"]
@@ -160,6 +160,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 def _check_ignore_index(value: int | None) -> None:
     if value is not None and not is_integer(value):
         raise TypeError(f"`ignore_index` must be an integer or None, got {value!r}.")
+    if value is not None and not -(2**63) <= value < 2**63:
+        raise ValueError(f"`ignore_index` must be an integer that a tensor can hold, got {value!r}; -100 is usual.")
 
 
 def _check_smoothing(value: float) -> None:
@@ -214,6 +216,8 @@ class TargetLosses(NamedTuple):
     def per_byte(self, ids: Tensor, token_bytes: Tensor) -> TargetLosses:
         """Let each target add its bytes to the denominator; one without bytes is not scored."""
         within = self.within(ids, len(token_bytes))
+        if not len(token_bytes):
+            token_bytes = token_bytes.new_zeros(1)  # Every target is out of range, but has to look somewhere.
         num_bytes = token_bytes[ids.masked_fill(within.ignored | within.out_of_range, 0)]
         silent = (num_bytes == 0) & ~within.out_of_range
         return within._replace(norm=num_bytes.to(widest_float(ids.device)), ignored=within.ignored | silent)
@@ -297,7 +301,9 @@ def binary_losses(
     with torch.no_grad():
         ignored = torch.zeros_like(target, dtype=torch.bool)
         if options.ignore_index is not None:
-            ignored = target == options.ignore_index
+            # In a wide type: a narrow one would round `ignore_index` to a target.
+            exact = target.to(widest_float(target.device)) if target.is_floating_point() else target
+            ignored = exact == options.ignore_index
         out_of_range = ~((target >= 0) & (target <= 1) | ignored)  # A NaN too.
         scores = preds.to(compute_dtype(preds))
         positive = target.to(scores.dtype).mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
@@ -323,11 +329,16 @@ def binary_losses(
 def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
     """Subtract the first losses from the second ones, target by target; both are of the same targets."""
     dtype = widest_float(first.loss.device)  # Where that is float64, two float32 losses differ without rounding.
+
+    def wide(loss: Tensor) -> Tensor:
+        """Widen; what counts as infinite is infinite also if the other one is as large."""
+        return loss.to(dtype).masked_fill(loss >= LIMIT, math.inf).masked_fill(loss <= -LIMIT, -math.inf)
+
     improper = None
     if first.improper is not None and second.improper is not None:
         improper = first.improper | second.improper
     return second._replace(
-        loss=second.loss.to(dtype) - first.loss.to(dtype),
+        loss=wide(second.loss) - wide(first.loss),
         out_of_range=first.out_of_range | second.out_of_range,
         improper=improper,
     )
@@ -517,7 +528,7 @@ def _log_prob_blocks(
             torch.log_softmax(source, 1, out=filled)
         elif options.input == "probs":
             if improper is not None:
-                improper[rows] = (filled.amin(1) < 0) | (filled.amax(1) > 1)
+                improper[rows] = ((filled < 0) | (filled > 1)).any(1)  # Not amin: a NaN would hide the others.
             if options.eps is not None:
                 filled.clamp_(options.eps, 1 - options.eps)
             filled.log_()

@@ -28,6 +28,7 @@ from xent_metrics.checks import (
     check_num_classes,
     check_omitted_bytes,
     check_pos_weight,
+    on_host,
 )
 from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LossOptions, SmoothingOver
 from xent_metrics.readings import (
@@ -38,6 +39,7 @@ from xent_metrics.readings import (
     NanPolicy,
     Unit,
     check_unit,
+    decomposition,
 )
 from xent_metrics.tally import GroupTally, Tally
 from xent_metrics.tally_metric import LossMetric, TallyMetric
@@ -116,7 +118,7 @@ class CrossEntropy(LossMetric):
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
-        check_class_weight(class_weight, input)
+        check_class_weight(on_host(class_weight), input)
         options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
         super().__init__(options, nan_policy, tensors={"class_weight": class_weight}, **kwargs)
         self.unit = unit
@@ -128,8 +130,11 @@ class CrossEntropy(LossMetric):
 class BitsPerToken(LossMetric):
     """Cross-entropy in bits: nats over ln 2, the bits that a code built on the model spends on a token.
 
-    Of the model's distribution, hence without label smoothing and class weights. Arguments, shapes and errors are
-    those of `CrossEntropy`; NaN without targets.
+    Of the model's distribution, hence without label smoothing and class weights. The arguments that there are, shapes
+    and errors are those of `CrossEntropy`; NaN without targets.
+
+    Source:
+        Shannon, A Mathematical Theory of Communication, 1948, section 9.
 
     >>> metric = BitsPerToken()
     >>> metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
@@ -206,7 +211,7 @@ class CrossEntropyReport(LossMetric):
             parallelism; all of them update with the same number of sequences, and each update is one small collective.
             Without it, the part of a sequence that is on one rank counts as a sequence, and the interval is too narrow.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`.
+    The other arguments, shapes and errors mean what they do in `CrossEntropy`.
 
     Returns:
         A dict of scalar tensors: `cross_entropy` (nats), `bits_per_token`, `perplexity`, `cross_entropy_stderr`,
@@ -254,7 +259,9 @@ class CrossEntropyReport(LossMetric):
     ) -> None:
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
         zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
-        tensors = {} if token_bytes is None else {"token_bytes": as_token_table(token_bytes)}
+        tensors = (
+            {} if token_bytes is None else {"token_bytes": as_token_table(on_host(token_bytes)).to(token_bytes.device)}
+        )
         super().__init__(options, nan_policy, confidence, zero, tensors, sequence_group, **kwargs)
 
     def _read(
@@ -281,8 +288,8 @@ class BitsPerByte(TallyMetric):
             raw bytes of the tokens. Ids beyond its end are as wrong as ids beyond the classes. None, if `num_bytes`
             comes with every batch.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`; `nan_policy="omit"` needs the table, since of a
-    target that is left out the bytes are to be left out too.
+    The other arguments, shapes and errors mean what they do in `CrossEntropy`; `nan_policy="omit"` needs the table,
+    since of a target that is left out the bytes are to be left out too.
 
     Returns:
         A float64 scalar. NaN without targets, and without bytes.
@@ -296,6 +303,8 @@ class BitsPerByte(TallyMetric):
     tensor(1.8000, dtype=torch.float64)
     """
 
+    _TARGETS = "class indices in [0, number of classes), for which `token_bytes` has an entry"
+    _WEIGHTS = "`weight` (or `num_bytes`)"
     _UPDATE = "tally_per_byte"
 
     def __init__(
@@ -310,7 +319,7 @@ class BitsPerByte(TallyMetric):
         nan_policy: NanPolicy = "propagate",
         **kwargs: Any,
     ) -> None:
-        table = None if token_bytes is None else as_token_table(token_bytes)
+        table = None if token_bytes is None else _table(token_bytes)
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
         super().__init__(options, nan_policy, tensors={"token_bytes": table}, **kwargs)
 
@@ -329,6 +338,11 @@ class BitsPerByte(TallyMetric):
             num_bytes: The bytes of the text that the scored targets stand for, of the whole batch (an integer) or of
                 its parts (a tensor, which is summed). Exactly if there is no `token_bytes`.
             weight: Weights, or a mask; with `num_bytes` those of the targets only.
+
+        Raises:
+            TypeError: If a dtype is not one of those named, or targets are soft where a table is to be looked up.
+            ValueError: As `CrossEntropy.update`; and if there is both a table and `num_bytes`, or neither, or
+                `num_bytes` is negative. The state is then as it was.
         """
         self._add_batch(preds, target, num_bytes, weight)
 
@@ -383,6 +397,7 @@ class BinaryCrossEntropy(TallyMetric):
     tensor(2.0715, dtype=torch.float64)
     """
 
+    _TARGETS = "0 and 1, or soft labels between them"
     _UPDATE = "tally_binary"
 
     def __init__(
@@ -398,7 +413,7 @@ class BinaryCrossEntropy(TallyMetric):
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
-        check_pos_weight(pos_weight)
+        check_pos_weight(on_host(pos_weight))
         options = BinaryOptions(input, label_smoothing, ignore_index, eps)
         super().__init__(options, nan_policy, tensors={"pos_weight": pos_weight}, **kwargs)
         self.unit = unit
@@ -435,8 +450,8 @@ class CrossEntropyDecomposition(LossMetric):
     the equation holds to the last bits, and for a model equal to P it is 0 up to rounding of the losses (some 1e-7
     nats for float32, of either sign).
 
-    Arguments, shapes and errors are those of `CrossEntropy`, except that `input="losses"` is refused. For class indices
-    without smoothing the entropy is 0. `nan_policy="omit"` leaves the same targets out of all three.
+    The arguments, shapes and errors mean what they do in `CrossEntropy`, except that `input="losses"` is refused. For
+    class indices without smoothing the entropy is 0. `nan_policy="omit"` leaves the same targets out of all three.
 
     Returns:
         A dict of float64 scalars: `cross_entropy`, `entropy`, `kl_divergence`. NaN without targets.
@@ -477,8 +492,7 @@ class CrossEntropyDecomposition(LossMetric):
         return decomposed(tally, self.nan_policy)
 
     def _read(self, total: Any, entropy: Any) -> dict[str, Tensor]:
-        divergence = total.mean - entropy.mean
-        values = {"cross_entropy": total.mean, "entropy": entropy.mean, "kl_divergence": divergence}
+        values = decomposition(total, entropy)
         return self._as_tensors({n: x if isinstance(x, Tensor) else float(x) for n, x in values.items()})
 
 
@@ -491,14 +505,19 @@ class GroupedCrossEntropy(TallyMetric):
     - by class: `num_groups` is the number of classes, `update(preds, target, group=target)`;
     - by position: `num_groups` is the longest sequence T, `update(preds, target, group=torch.arange(T))`.
 
+    With `shift=True` groups are those of the labels, the first of which is not scored.
+
     Args:
         num_groups: How many groups there are. The state is 18 int64 numbers for each, also what ranks exchange.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`. `nan_policy` holds for each group by itself
-    (`"raise"` for all).
+    The other arguments, shapes and errors mean what they do in `CrossEntropy`. `nan_policy` holds for each group by
+    itself (`"raise"` for all).
 
     Returns:
         A float64 tensor of shape `(num_groups,)`, in `unit`; NaN for groups without targets.
+
+    Source:
+        That of `CrossEntropy`; by position, Khandelwal et al., Sharp nearby, fuzzy far away, 2018.
 
     >>> metric = GroupedCrossEntropy(num_groups=3)
     >>> preds = torch.tensor([[0.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
@@ -527,7 +546,7 @@ class GroupedCrossEntropy(TallyMetric):
     ) -> None:
         check_unit(unit)
         check_num_classes("num_groups", num_groups)
-        check_class_weight(class_weight, input)
+        check_class_weight(on_host(class_weight), input)
         options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
         zero, tensors = GroupTally.zero(num_groups), {"class_weight": class_weight}
         super().__init__(options, nan_policy, zero=zero, tensors=tensors, **kwargs)
@@ -581,7 +600,7 @@ class NormalizedCrossEntropy(LossMetric):
     Args:
         num_classes: How many classes there are.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`; soft targets are refused.
+    The other arguments, shapes and errors mean what they do in `CrossEntropy`; soft targets are refused.
 
     Returns:
         A float64 scalar. NaN without targets, and where only one class was seen: its entropy is 0.
@@ -633,8 +652,8 @@ class CrossEntropyDifference(TallyMetric):
         confidence: Probability that the intervals cover the difference over all sequences that might have been drawn.
         sequence_group: As in `CrossEntropyReport`.
 
-    The other arguments, shapes and errors are those of `CrossEntropy`. Where both losses are infinite their difference
-    is NaN.
+    The other arguments, shapes and errors mean what they do in `CrossEntropy`. Where both losses are infinite their
+    difference is NaN.
 
     Returns:
         A dict of float64 scalars: `difference`, `difference_stderr`, `difference_lower`, `difference_upper`,
@@ -678,6 +697,10 @@ class CrossEntropyDifference(TallyMetric):
             preds_b: Scores of the model in question, of the same targets.
             target: Class indices, or soft targets.
             weight: Weights, or a mask.
+
+        Raises:
+            TypeError: As `CrossEntropy.update`, naming `preds_a` or `preds_b`.
+            ValueError: The same. The state is then as it was.
         """
         self._add_batch(preds_a, preds_b, target, weight)
 
@@ -693,3 +716,8 @@ class CrossEntropyDifference(TallyMetric):
 
     def _read(self, reading: ExactReading | DeviceReading) -> dict[str, Tensor]:
         return self._as_tensors({name: getattr(reading, attribute) for name, attribute in DIFFERENCE.items()})
+
+
+def _table(token_bytes: Tensor) -> Tensor:
+    """Return the bytes of tokens, checked, where they were."""
+    return as_token_table(on_host(token_bytes)).to(token_bytes.device)

@@ -15,7 +15,7 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from statistics import NormalDist
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -59,20 +59,26 @@ def check_unit(unit: Unit) -> None:
         raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
 
 
-def check_valid(totals: Totals, groupless: int = 0, kept: bool = True) -> None:
+CLASS_TARGETS = "class indices in [0, number of classes), or soft targets: probabilities in [0, 1] with a sum of 1"
+
+
+def check_valid(
+    totals: Totals, groupless: int = 0, kept: bool = True, targets: str = CLASS_TARGETS, weights: str = "`weight`"
+) -> None:
     """Raise if something was seen that no reading can be trusted with: targets, probabilities, weights or groups.
 
     Args:
         totals: What was seen.
         groupless: Number of scored targets without a valid group.
         kept: Whether a metric keeps it until it is reset.
+        targets: What targets must be.
+        weights: What the denominator is made of.
     """
     again = "then call reset(): this repeats until then." if kept else "and call again."
     if totals.out_of_range:
         raise ValueError(
-            f"`target` must hold class indices in [0, number of classes) (or, as soft targets, probabilities in [0, 1] "
-            f"with a sum of 1), but {totals.out_of_range} targets were outside; map them to `ignore_index`, or mask "
-            f"them with `weight`, {again}"
+            f"`target` must hold {targets}, but {totals.out_of_range} targets were outside; map them to "
+            f"`ignore_index`, or mask them with `weight`, {again}"
         )
     if totals.improper:
         raise ValueError(
@@ -81,7 +87,7 @@ def check_valid(totals: Totals, groupless: int = 0, kept: bool = True) -> None:
         )
     if totals.invalid_weight:
         raise ValueError(
-            f"`weight` must hold finite numbers that are not negative, but {totals.invalid_weight} were not; mend "
+            f"{weights} must hold finite numbers that are not negative, but {totals.invalid_weight} were not; mend "
             f"them, {again}"
         )
     if groupless:
@@ -113,7 +119,7 @@ class ExactReading:
                 f"`nan_policy='raise'` allows finite losses only, but of {totals.scored} losses {totals.nan} were NaN, "
                 f"{totals.positive_infinite} infinite and {totals.negative_infinite} minus infinite; look "
                 "for the cause, "
-                "or pass nan_policy='omit' to leave them out."
+                "or pass nan_policy='omit' to leave them out; this repeats until a metric is reset."
             )
 
     @cached_property
@@ -382,22 +388,34 @@ class GroupReading:
 
 
 def read_exactly(
-    tally: Tally | GroupTally, nan_policy: NanPolicy = "propagate", confidence: float = 0.95
+    tally: Tally | GroupTally,
+    nan_policy: NanPolicy = "propagate",
+    confidence: float = 0.95,
+    targets: str = CLASS_TARGETS,
+    weights: str = "`weight`",
 ) -> ExactReading | GroupReading:
     """Copy a tally to the host and read it; raise if it counted what no reading can be trusted with."""
     if isinstance(tally, GroupTally):
         groups = tally.totals()
-        check_valid(groups.everything, groups.groupless)
+        check_valid(groups.everything, groups.groupless, targets=targets, weights=weights)
         return GroupReading(groups, nan_policy)
     totals = tally.totals()
-    check_valid(totals)
+    check_valid(totals, targets=targets, weights=weights)
     return ExactReading(totals, nan_policy, confidence)
+
+
+def decomposition(total: Any, entropy: Any) -> dict[str, Any]:
+    """Return cross-entropy, entropy and their difference, from exact readings of the two or from ones on the device."""
+    cross_entropy, own = total.mean, entropy.mean
+    if isinstance(own, Tensor) and total.nan_policy == "raise":
+        own = own.masked_fill(total.num_nonfinite > 0, math.nan)
+    return {"cross_entropy": cross_entropy, "entropy": own, "kl_divergence": cross_entropy - own}
 
 
 def normal_quantile(confidence: float) -> float:
     """Return how many standard errors on either side cover a normal mean with this probability."""
-    quantile: float = _inverse_cdf(0.5 + confidence / 2)
-    return quantile
+    quantile: float = _inverse_cdf((1 - confidence) / 2)  # Of the lower tail, which no confidence rounds to 0.
+    return -quantile
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # It is C, which cannot be traced.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from xent_metrics.checks import WEIGHT_LIMIT
+from xent_metrics.checks import WEIGHT_LIMIT, describe
 from xent_metrics.distributed import is_distributed, sum_over_ranks
 from xent_metrics.exact import (
     FRACTION_BITS,
@@ -100,6 +100,7 @@ class Tally:
 
     def __add__(self, other: Tally) -> Tally:
         """Return the tally of both sets of targets, in canonical form."""
+        _check_addend(self, other)
         state = self.state + other.state
         sums = carry(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
         return Tally(torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1))
@@ -173,6 +174,13 @@ class GroupTally:
 
     state: Tensor
 
+    def __post_init__(self) -> None:
+        if self.state.dtype != torch.int64 or self.state.dim() != 2 or len(self.state) != GROUP_SIZE:
+            raise ValueError(
+                f"`state` must be an int64 tensor of {GROUP_SIZE} rows, got {self.state.dtype} of shape "
+                f"{tuple(self.state.shape)}; pass the `state` of another tally."
+            )
+
     @classmethod
     def zero(cls, num_groups: int, device: torch.device | str | None = None) -> GroupTally:
         """Return the tally of no targets at all, the identity of `+`."""
@@ -180,6 +188,7 @@ class GroupTally:
 
     def __add__(self, other: GroupTally) -> GroupTally:
         """Return the tally of both sets of targets, in canonical form."""
+        _check_addend(self, other)
         state = self.state + other.state
         sums = carry(state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1))
         return GroupTally(torch.cat([sums.movedim(-1, 1).flatten(0, 1), state[2 * NUM_LIMBS :]]))
@@ -214,9 +223,10 @@ class GroupTally:
 
     def totals(self) -> GroupTotals:
         """Copy the tally to the host, as Python integers."""
-        loss = [to_int(limbs) for limbs in self.state[:NUM_LIMBS, :-1].T.tolist()]
-        weight = [to_int(limbs) for limbs in self.state[NUM_LIMBS : 2 * NUM_LIMBS, :-1].T.tolist()]
-        nonfinite = self.state[-3:, :-1].T.tolist()
+        rows = self.state[:, :-1].T.contiguous()  # Or each number would be looked up by itself.
+        loss = [to_int(limbs) for limbs in rows[:, :NUM_LIMBS].tolist()]
+        weight = [to_int(limbs) for limbs in rows[:, NUM_LIMBS : 2 * NUM_LIMBS].tolist()]
+        nonfinite = rows[:, -3:].tolist()
         return GroupTotals(loss, weight, nonfinite, int(self.groupless_on_device()), self.overall().totals())
 
 
@@ -232,6 +242,19 @@ class GroupTotals(NamedTuple):
     nonfinite: list[list[int]]
     groupless: int
     everything: Totals
+
+
+def _check_addend(tally: Tally | GroupTally, other: object) -> None:
+    """Raise unless the other is a tally of the same kind; a sum of others would be broadcast, or wrong."""
+    if type(other) is not type(tally):
+        raise TypeError(
+            f"`+` must add a {type(tally).__name__} to its kind, got {describe(other)}; pass the `tally` of a metric."
+        )
+    if other.state.shape != tally.state.shape:
+        raise ValueError(
+            f"`+` must add tallies of one shape, got {tuple(tally.state.shape)} and {tuple(other.state.shape)}; take "
+            "them from metrics that are configured alike."
+        )
 
 
 AnyTally = TypeVar("AnyTally", Tally, GroupTally)
@@ -397,7 +420,7 @@ def _classify(losses: TargetLosses, weight: Tensor | None) -> _Classified:
         # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
         valid = (norm >= 0) & (norm < LIMIT)
         if weight is not None and weight.dtype != torch.bool:
-            valid = valid & (weight < WEIGHT_LIMIT)
+            valid = valid & (weight >= 0) & (weight < WEIGHT_LIMIT)  # A class weight of 0 would hide its sign.
         invalid = ~(skipped | valid)
         skipped = skipped | invalid
     loss = loss.masked_fill(skipped, 0.0)

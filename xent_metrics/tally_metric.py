@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.batch import tally_batch
-from xent_metrics.checks import advice
-from xent_metrics.distributed import sum_over_ranks
+from xent_metrics.checks import advice, describe
+from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.exact import widest_float
 from xent_metrics.losses import BinaryOptions, LossOptions
 from xent_metrics.readings import (
+    CLASS_TARGETS,
     DeviceReading,
     NanPolicy,
     check_reading,
@@ -38,7 +39,7 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     """Compute several metrics of this library in one collective, where each `compute` would be one of its own.
 
     Args:
-        metrics: The metrics by name, the same ones in the same order on every rank; a `MetricCollection` is fine.
+        metrics: The metrics by name, the same on every rank; a `MetricCollection` is fine.
 
     Returns:
         What `compute` returns, by the same names. The metrics are left as they are.
@@ -55,6 +56,11 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
     >>> compute_together(metrics)
     {'train': tensor(2.0794, dtype=torch.float64), 'val': tensor(8.0000, dtype=torch.float64)}
     """
+    if not isinstance(metrics, Mapping | MetricCollection):
+        raise TypeError(
+            f"`metrics` must be a dict of metrics, or a MetricCollection, got {type(metrics).__name__}; name each of "
+            "them."
+        )
     named = dict(metrics.items())
     for name, metric in named.items():
         if not isinstance(metric, TallyMetric):
@@ -62,15 +68,16 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
                 f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
                 "itself."
             )
-    own = [metric for metric in named.values() if isinstance(metric, TallyMetric)]
-    reduced = [metric for metric in own if metric.is_to_be_reduced()]
+    own = {name: metric for name, metric in named.items() if isinstance(metric, TallyMetric)}
+    # By name, since the order of a dict may be another on another rank.
+    reduced = [metric for _, metric in sorted(own.items()) if metric.is_to_be_reduced()]
     if len({id(metric.process_group) for metric in reduced}) > 1 or any(metric.dist_sync_fn for metric in reduced):
         raise ValueError(
             "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
         )
     totals = sum_tallies_over_ranks([metric.tally for metric in reduced], reduced[0].process_group if reduced else None)
     tallies = {id(metric): total for metric, total in zip(reduced, totals, strict=True)}
-    return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in zip(named, own, strict=True)}
+    return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in own.items()}
 
 
 class TallyMetric(Metric):
@@ -91,6 +98,7 @@ class TallyMetric(Metric):
     full_state_update = False
     plot_lower_bound: float | None = 0.0
 
+    _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
     _UPDATE = "tally_batch"  # Metrics with the same one and the same configuration make the same update.
 
     def __init__(
@@ -103,8 +111,11 @@ class TallyMetric(Metric):
         sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
+        # Whether a rank has a value in store must not decide whether it meets the others in the next `compute`.
+        kwargs.setdefault("compute_with_cache", False)
         super().__init__(**kwargs)
         check_reading(nan_policy, confidence)
+        check_group_of_ranks("sequence_group", sequence_group)
         self.options = options
         self.nan_policy = nan_policy
         self.confidence = confidence
@@ -135,14 +146,16 @@ class TallyMetric(Metric):
         # inference mode must not be written to outside it.
         setattr(self, self._state_name, tally.state)
 
-    def add(self, batch: Tally | GroupTally) -> None:
+    def add(self, batch: Any) -> None:
         """Add a tally that was made elsewhere, by `xent_metrics.functional.tally` or another metric."""
-        if batch.state.shape != self.tally.state.shape:
+        self._require_unsynced()
+        own = self.tally
+        if type(batch) is not type(own) or batch.state.shape != own.state.shape:
             raise ValueError(
-                f"`batch` must be a tally of the shape {tuple(self.tally.state.shape)} that this metric keeps, got "
-                f"{tuple(batch.state.shape)}; take it from a metric that is configured alike."
+                f"`batch` must be a tally of the shape {tuple(own.state.shape)} that this metric keeps, got "
+                f"{describe(batch)}; take it from a metric that is configured alike."
             )
-        self.tally = self.tally + batch
+        self.tally = own + batch
         self._computed = None
         self._update_count += 1
 
@@ -151,9 +164,8 @@ class TallyMetric(Metric):
 
         The value is read in floating point, some 1e-16 off (a standard error 1e-8); NaN where `compute` would raise.
         """
-        if self._is_synced:
-            raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
-        batch = self._looked_at_batch(*args, **kwargs)
+        self._require_unsynced()
+        batch: Any = self._looked_at_batch(*args, **kwargs)
         accumulated = self.tally + batch
         self.tally = batch
         try:
@@ -187,7 +199,8 @@ class TallyMetric(Metric):
     def read(self, tally: Any) -> Any:
         """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
         parts = self._parts(tally.cpu())
-        return self._read(*(read_exactly(part, self.nan_policy, self.confidence) for part in parts))
+        rules = self.nan_policy, self.confidence, self._TARGETS, self._WEIGHTS
+        return self._read(*(read_exactly(part, *rules) for part in parts))
 
     def sync_context(self, **kwargs: Any) -> AbstractContextManager[None]:  # type: ignore[override]
         """Synchronize as torchmetrics does, and go back to the tally of this rank also after an error."""
@@ -219,8 +232,16 @@ class TallyMetric(Metric):
                 "`incoming_state` must come from a metric with the same options, weights, tables and groups as "
                 f"this {type(self).__name__} with {self.options}, got {other}; merge metrics that are configured alike."
             )
-        super().merge_state(incoming_state)
-        self.tally = self._tally_type(torch.zeros_like(self.tally.state)) + self.tally
+        if not isinstance(incoming, dict):
+            raise TypeError(
+                f"`incoming_state` must be a metric of xent_metrics or its state, got {type(incoming_state).__name__}."
+            )
+        if self.dist_sync_on_step:
+            raise RuntimeError("`merge_state` is not supported with `dist_sync_on_step=True`, as in torchmetrics.")
+        state = incoming[self._state_name]
+        if not isinstance(state, Tensor):
+            raise TypeError(f"`incoming_state` must hold a tensor, got {type(state).__name__}; pass a metric's state.")
+        self.tally = self.tally + self._tally_type(state.to(self.device))
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
@@ -231,22 +252,33 @@ class TallyMetric(Metric):
     def _add_batch(self, *args: Any) -> None:
         """Do what every `update` does."""
         try:
+            self._require_unsynced()
             batch = self._looked_at_batch(*args)
         except Exception:
             self._update_count -= 1  # torchmetrics counts the call before it is made.
             raise
         self.tally = self.tally + batch
 
+    def _require_unsynced(self) -> None:
+        """Raise where a batch would be lost, as the tally of all ranks gives way to that of this one."""
+        if self._is_synced:
+            raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
+
     def _looked_at_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Tally a batch; if it is the first one, warn if its scores look like something else."""
         batch = self._tally_batch(*args, **kwargs)
+        if batch.state.device != self.tally.state.device:
+            raise ValueError(
+                f"`preds` must be on the device of the metric, {self.tally.state.device}, got {batch.state.device}; "
+                f"move the metric with .to({str(batch.state.device)!r})."
+            )
         if not self._looked_at_preds:
-            self._looked_at_preds = True
             self._look_at(*args, **kwargs)
         return batch
 
     def _look_at(self, preds: Tensor, *_: Any, **__: Any) -> None:
         class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
+        self._looked_at_preds |= preds.numel() > 0
         found = advice(preds, self.options.input, class_dim)
         if found:
             rank_zero_warn(f"`preds` {found}", UserWarning)
