@@ -145,6 +145,21 @@ def test_every_form_logs_pooled_readings_in_every_stage(tmp_path, form) -> None:
     assert tested["test/cross_entropy"] == pytest.approx(pooled(module.seen["test"]), rel=1e-6)
 
 
+def test_labels_of_hugging_face_models_are_shifted_on_demand(tmp_path) -> None:
+    """Logits and labels of one length: position t scores label t + 1; losses have been aligned and are not shifted."""
+    x, y = ragged_batches(1)[0]
+    logits = torch.randn(*x.shape, K, generator=torch.Generator().manual_seed(0))
+    losses = F.cross_entropy(logits.mT, y, reduction="none")
+    monitor = CrossEntropyMonitor(shift=True)
+    assert monitor.state_key != CrossEntropyMonitor().state_key
+    for outputs, expected in (
+        ({"logits": logits, "labels": y}, F.cross_entropy(logits[:, :-1].double().flatten(0, 1), y[:, 1:].flatten())),
+        ({"losses": losses, "target": y}, losses.double().sum() / (y != -100).sum()),
+    ):
+        totals = monitor._tally("validation_step", outputs, None).totals()
+        assert totals.loss / totals.weight == pytest.approx(expected.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("form", ["losses", "logits", "mean"])
 def test_accumulated_gradients_do_not_bend_the_readings(tmp_path, form) -> None:
     """Lightning divides the loss by the number of accumulated batches; the window covers all of them."""

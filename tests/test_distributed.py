@@ -1221,3 +1221,30 @@ def test_other_mistakes_on_one_rank(tmp_path: Path) -> None:
     assert first["bytes"] == second["bytes"] == ["", first["bytes"][1]]
     assert first["bytes"][1].startswith("ValueError")
     assert first["losses"].startswith("ValueError: `target` must hold class indices")
+
+
+def compute_in_another_order(rank: int) -> dict[str, Any]:
+    """Compute two metrics together that a dict of this rank holds in its own order."""
+    metrics = {"a": CrossEntropy(), "b": CrossEntropy()}
+    metrics["a"].update(torch.zeros(1, 8), torch.tensor([0]))
+    metrics["b"].update(torch.zeros(1, 2), torch.tensor([0]))
+    names = ("a", "b") if rank == 0 else ("b", "a")
+    return {name: x.item() for name, x in compute_together({name: metrics[name] for name in names}).items()}
+
+
+@distributed
+def test_compute_together_goes_by_name(tmp_path: Path) -> None:
+    """The order of a dict on one rank does not mix metrics up."""
+    for rank, values in enumerate(run_ranks(2, compute_in_another_order, tmp_path=tmp_path)):
+        assert list(values) == (["a", "b"] if rank == 0 else ["b", "a"])
+        assert values == pytest.approx({"a": math.log(8), "b": math.log(2)})
+
+
+def test_what_unrepeated_refuses() -> None:
+    """Another sampler, or a position before the first."""
+    with pytest.raises(TypeError, match="`sampler` must be a DistributedSampler, got RandomSampler"):
+        unrepeated(torch.utils.data.RandomSampler(range(3)), 0, 1)
+    sampler = torch.utils.data.DistributedSampler(range(3), num_replicas=2, rank=0)
+    for start, number in ((-1, 1), (0, -1)):
+        with pytest.raises(ValueError, match=f"must not be negative, got {start} and {number}"):
+            unrepeated(sampler, start, number)

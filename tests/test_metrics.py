@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity, functional
 
@@ -249,3 +250,44 @@ def test_bad_values_are_counted_where_they_cannot_raise(
             metric.compute()
     metric.reset()
     assert bits(filled(metric, [good]).compute()) == bits(filled(CrossEntropy(), [good]).compute())
+
+
+def test_nothing_is_added_while_synced() -> None:
+    """What was added to the tally of all ranks would be lost when it gives way to that of this one."""
+    batch = together(make_batches())
+    other = functional.tally(*batch)
+    metric = filled(CrossEntropy(), [batch])
+    metric.sync(dist_sync_fn=lambda x, group: [x, other.state], distributed_available=lambda: True)
+    state = metric.tally.state.clone()
+    for add in (lambda: metric.update(*batch), lambda: metric(*batch), lambda: metric.add(other)):
+        with pytest.raises(TorchMetricsUserError, match="synced; call unsync"):
+            add()
+    assert torch.equal(metric.tally.state, state)
+    metric.unsync()
+    assert metric.tally.totals() == other.totals()
+
+
+def test_an_empty_batch_is_not_the_look_at_the_first_one() -> None:
+    """Probabilities that are read as logits draw their warning with the first batch that has any."""
+    metric = CrossEntropy()
+    metric.update(torch.zeros(0, K), torch.zeros(0, dtype=torch.int64))
+    with pytest.warns(UserWarning, match="look like probabilities"):
+        metric.update(torch.randn(3, K).softmax(-1), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("form", ["logits", "log_probs", "probs"])
+def test_a_look_at_the_first_batch_costs_no_memory(
+    form: str, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
+    """64 rows of 100,000 classes are looked at one by one: some 0.4 MB beside the buffer of any update."""
+    preds, target = torch.randn(64, 100_000).log_softmax(-1), torch.zeros(64, dtype=torch.int64)
+    preds = preds.exp() if form == "probs" else preds
+    assert peak_bytes(lambda: CrossEntropy(input=form).update(preds, target)) < 8 * 2**20
+
+
+def test_a_value_is_not_stored() -> None:
+    """What a caller does to a value does not change the next one."""
+    report = filled(CrossEntropyReport(), make_batches())
+    first = bits(report.compute())
+    report.compute()["cross_entropy"].zero_()
+    assert bits(report.compute()) == first

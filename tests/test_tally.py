@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.strategies import UNIT, UNSUMMED, Batch, batches, partitions, relaxed, tally_of
-from xent_metrics import Tally, functional
+from xent_metrics import GroupTally, Tally, functional
 from xent_metrics.exact import LIMIT
 from xent_metrics.losses import TargetLosses
 from xent_metrics.readings import ExactReading
@@ -339,3 +339,17 @@ def test_foreign_states_are_refused() -> None:
     for wrong in (state.float(), state.int(), state[:-1], torch.cat([state, state]), state[0]):
         with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of \d+ numbers, got torch\.\w+ of"):
             Tally(wrong)
+
+
+def test_only_tallies_of_a_kind_are_added() -> None:
+    """What would be broadcast, or is no tally, is refused."""
+    one, groups = Tally.zero(), GroupTally.zero(34)
+    for first, other in ((one, groups), (groups, one), (one, one.state), (groups, None)):
+        with pytest.raises(TypeError, match=r"`\+` must add a \w*Tally to its kind, got"):
+            first + other
+    for first, other in ((one, Tally.zero(num_tallies=2)), (groups, GroupTally.zero(33))):
+        with pytest.raises(ValueError, match=r"`\+` must add tallies of one shape, got \(\d+"):
+            first + other
+    for wrong in (groups.state.float(), groups.state[:-1], groups.state[0]):
+        with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of 18 rows, got"):
+            GroupTally(wrong)
