@@ -311,16 +311,22 @@ class Timeline(Callback):
         self.note("validation")
 
 
-def fit_everything(folder: Path) -> dict[str, Any]:
+def fit_everything(folder: Path, strategy: str) -> dict[str, Any]:
     """Fit with accumulation, validation in mid-epoch, several loaders; then again without the monitor."""
     settings = {"max_epochs": 2, "log_every_n_steps": 3, "accumulate_grad_batches": 2, "val_check_interval": 3}
     data = (loader(26), [loader(8, first=100), loader(5, first=200)])
+
+    def start(*callbacks: Callback, folder: Path) -> tuple[Table, Trainer]:
+        own = {"strategy": ModelParallelStrategy(2, 1)} if strategy == "fsdp2" else {}
+        return Sharded() if own else Table(), make_trainer(*callbacks, folder=folder, **settings, **own)
+
     with messages() as said, collectives() as calls:
-        timeline, module = Timeline(calls), Table()
-        trainer = make_trainer(CrossEntropyMonitor(), timeline, folder=folder, **settings)
+        timeline = Timeline(calls)
+        module, trainer = start(CrossEntropyMonitor(), timeline, folder=folder)
         trainer.fit(module, *data)
     with collectives() as others:
-        make_trainer(Timeline(others), folder=folder / "without", **settings).fit(Table(), *data)
+        plain, without = start(Timeline(others), folder=folder / "without")
+        without.fit(plain, *data)
     return {
         "seen": module.seen,
         "metrics": own(trainer.callback_metrics),
@@ -330,10 +336,12 @@ def fit_everything(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def everything(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[Path, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("everything")
-    return folder / "logs", run_ranks(2, fit_everything, folder / "logs", tmp_path=folder)
+    return folder / "logs", run_ranks(2, fit_everything, folder / "logs", request.param, tmp_path=folder)
 
 
 def both(ranks: list[dict[str, Any]], stage: str, start: int, stop: int) -> list[dict[int, tuple[float, int]]]:
