@@ -335,7 +335,7 @@ _W = torch.ones(K)
             None,
             {},
             ValueError,
-            r"shape \(2, 5\) for .* \(2, 5, 7\) .* dimension -1, got \(2, 4\); .*shift.*\[:, :-1\].*\[:, 1:\]",
+            r"shape \(2, 5\) for .* \(2, 5, 7\) .* dimension -1, got \(2, 4\); .*pass preds\[:, :-1\], or .*shift=True",
         ),
         (
             torch.zeros(2, 5, K),

@@ -23,6 +23,7 @@ BYTES_LIMIT = 2**47
 """Numbers of bytes of a batch are below this, so that they can be summed for ever."""
 
 _TOKEN_BYTES_LIMIT = 2**24  # Exact in float32 too.
+_BLOCK_LOOKED_AT = 2**18  # Scores that are looked at together.
 _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
 
 
@@ -259,11 +260,12 @@ def _first_rows(preds: Tensor, class_dim: int) -> Tensor:
 def _advice_on_rows(rows: Tensor, input: str) -> str:
     if rows.shape[1] < 2:
         return ""
-    # A row at a time: a few dozen rows of a large vocabulary would be as large as a batch.
-    in_range, excess, log_sum = torch.tensor([_facts_of(row) for row in rows]).unbind(1)
-    if input == "logits" and _most((in_range == 1) & (excess < 1e-2)):
+    # A few rows at a time: all of them, of a large vocabulary, would be as large as a batch.
+    blocks = rows.split(max(1, _BLOCK_LOOKED_AT // rows.shape[1]))
+    in_range, excess, log_sum = (torch.cat(facts) for facts in zip(*map(_facts_of, blocks), strict=True))
+    if input == "logits" and _most(in_range & (excess < 1e-2)):
         return "look like probabilities (in [0, 1], with sums of 1) but are read as logits; pass input='probs'."
-    if input == "probs" and _most((in_range == 1) & (excess > 5e-2)):
+    if input == "probs" and _most(in_range & (excess > 5e-2)):
         return (
             "are read as probabilities but do not sum to 1, and are not renormalised; if they are scores, pass "
             "input='logits'."
@@ -276,11 +278,11 @@ def _advice_on_rows(rows: Tensor, input: str) -> str:
     return ""
 
 
-def _facts_of(row: Tensor) -> tuple[float, float, float]:
-    """Return whether a row is in [0, 1], how far its sum is from 1, and the logarithm of its sum of exponentials."""
-    row = row.float()
-    low, high = row.aminmax()
-    return float(low >= 0 and high <= 1), abs(row.sum().item() - 1), row.logsumexp(0).item()
+def _facts_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each row whether it is in [0, 1], how far its sum is from 1, and its log-sum-exp."""
+    rows = rows.float()
+    low, high = rows.aminmax(dim=1)
+    return (low >= 0) & (high <= 1), (rows.sum(1) - 1).abs(), rows.logsumexp(1)
 
 
 def _most(rows: Tensor) -> bool:
