@@ -256,7 +256,7 @@ def raise_invalid(
     """
     if not (raises_now if counted else free_to_look)(losses.loss):
         return
-    looked_at = ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
+    looked_at = _looked_at(losses, weight)
     outside = losses.out_of_range & looked_at
     if outside.any():
         raise ValueError(_explain_target(outside.view(-1), preds, target, options, num_ids))
@@ -272,6 +272,11 @@ def raise_invalid(
                 f"`weight` must hold finite numbers that are not negative (and below 2**47), got {invalid.numel()} "
                 f"that are not, such as {invalid[0].item()}; use 0 or False for targets that are not to be scored."
             )
+
+
+def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor:
+    """Say which targets are to be scored, if nothing is wrong with them."""
+    return ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
 
 
 def _explain_target(
@@ -318,7 +323,7 @@ def _fix(example: float, otherwise: str) -> str:
 def _raise_groupless(losses: TargetLosses, weight: Tensor | None, group: Tensor, num_groups: int) -> None:
     if not raises_now(group):
         return
-    looked_at = ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
+    looked_at = _looked_at(losses, weight)
     bad = group[looked_at & ~((group >= 0) & (group < num_groups))]
     if bad.numel():
         raise ValueError(

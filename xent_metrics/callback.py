@@ -245,7 +245,8 @@ class CrossEntropyMonitor(Callback):
     def _tagged(self, stage: str, tally: Tally, suffix: str = "", bounds: bool = False) -> dict[str, Tensor]:
         """Read a tally of all ranks, under the tags that it is logged with."""
         values = self._report.read(tally)
-        known = [name for name in _BOUNDS if not math.isnan(values[name])] if bounds else []
+        # All bounds are NaN or none is: there is no interval below two sequences.
+        known = _BOUNDS if bounds and not math.isnan(values[_BOUNDS[0]]) else ()
         return {f"{stage}/{name}{suffix}": values[name] for name in (*_READINGS, *known)}
 
     @staticmethod
