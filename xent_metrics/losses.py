@@ -299,11 +299,7 @@ def binary_losses(
     if not target.is_floating_point():
         target = as_index(target)  # Unsigned integers cannot be compared.
     with torch.no_grad():
-        ignored = torch.zeros_like(target, dtype=torch.bool)
-        if options.ignore_index is not None:
-            # In a wide type: a narrow one would round `ignore_index` to a target.
-            exact = target.to(widest_float(target.device)) if target.is_floating_point() else target
-            ignored = exact == options.ignore_index
+        ignored = _is_ignored(target, options)
         out_of_range = ~((target >= 0) & (target <= 1) | ignored)  # A NaN too.
         scores = preds.to(compute_dtype(preds))
         positive = target.to(scores.dtype).mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
@@ -365,15 +361,28 @@ def _entropy_term(p: float) -> float:
     return -p * math.log(p) if p else 0.0
 
 
+def _is_ignored(target: Tensor, options: LossOptions | BinaryOptions) -> Tensor:
+    """Say which targets are `ignore_index`."""
+    if options.ignore_index is None:
+        return torch.zeros_like(target, dtype=torch.bool)
+    # In a wide type: a narrow one would round `ignore_index` to a target.
+    exact = target.to(widest_float(target.device)) if target.is_floating_point() else target
+    return exact == options.ignore_index
+
+
+def _sort_out(index: Tensor, num_classes: int, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Return indices that can all be looked up, and which of the given ones were ignored or no classes."""
+    ignored = _is_ignored(index, options)
+    out_of_range = ~((index >= 0) & (index < num_classes) | ignored)
+    return index.masked_fill(ignored | out_of_range, 0), ignored, out_of_range
+
+
 def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
     """Score flat class indices."""
-    ignored = torch.zeros_like(index, dtype=torch.bool)
-    if options.ignore_index is not None:
-        ignored = index == options.ignore_index
     if options.input == "losses":
-        return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, ignored, torch.zeros_like(ignored))
-    out_of_range = ~((index >= 0) & (index < preds.shape[options.class_dim]) | ignored)
-    index = index.masked_fill(ignored | out_of_range, 0)
+        ignored, nothing = _is_ignored(index, options), torch.zeros_like(index, dtype=torch.bool)
+        return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, ignored, nothing)
+    index, ignored, out_of_range = _sort_out(index, preds.shape[options.class_dim], options)
     loss = torch.empty(index.shape, dtype=compute_dtype(preds), device=index.device)
     improper = torch.empty_like(ignored) if options.input == "probs" else None
     norm = None if class_weight is None else class_weight[index]
@@ -405,12 +414,7 @@ def _score_shard(
         )
     num_classes = shape[options.class_dim]
     logits, target = shifted(shard.logits, target, options)
-    index = as_index(target).reshape(-1)
-    ignored = torch.zeros_like(index, dtype=torch.bool)
-    if options.ignore_index is not None:
-        ignored = index == options.ignore_index
-    out_of_range = ~((index >= 0) & (index < num_classes) | ignored)
-    index = index.masked_fill(ignored | out_of_range, 0)
+    index, ignored, out_of_range = _sort_out(as_index(target).reshape(-1), num_classes, options)
     smoothing = options.smoothing(num_classes)
 
     rows = logits.movedim(options.class_dim, -1)
@@ -456,7 +460,8 @@ def _max_and_misfit(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[T
 
     What has to be known of the parts travels with the numbers. If they do not fit, all ranks raise, where that is free.
     """
-    about = top.new_tensor([bool(shard.misfit), num_classes, -num_classes])
+    # Not from a list, which the device would have to wait for.
+    about = torch.stack([top.new_full((), x) for x in (bool(shard.misfit), num_classes, -num_classes)])
     packed = max_over_ranks(torch.cat([top, about]), shard.group)
     crooked, most, least = packed[-3:].unbind()
     misfit = (crooked > 0) | (most != -least)

@@ -118,8 +118,7 @@ class ExactReading:
             raise ValueError(
                 f"`nan_policy='raise'` allows finite losses only, but of {totals.scored} losses {totals.nan} were NaN, "
                 f"{totals.positive_infinite} infinite and {totals.negative_infinite} minus infinite; look "
-                "for the cause, "
-                "or pass nan_policy='omit' to leave them out; this repeats until a metric is reset."
+                "for the cause, or pass nan_policy='omit' to leave them out; this repeats until a metric is reset."
             )
 
     @cached_property
