@@ -64,15 +64,49 @@ def tally_batch(
 
     With `token_bytes`, a second tally stands beside the first, whose denominator is bytes.
     """
+    return tally_scored(*score_batch(preds, target, weight, options, class_weight, token_bytes), sequence_group)
+
+
+def score_batch(
+    preds: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    class_weight: Tensor | None = None,
+    token_bytes: Tensor | None = None,
+) -> tuple[list[TargetLosses], Tensor | None]:
+    """Return the losses of a batch, from which several tallies can be made, and the weight of each.
+
+    With `token_bytes`, the same losses come a second time, with bytes for a denominator.
+    """
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options, class_weight)
         if token_bytes is None:
             raise_invalid(losses, weight, preds, target, options)
-            return tally_losses(losses, weight, sequence_group)
+            return [losses], weight
         per_byte = _per_byte(losses, preds, target, options, token_bytes)
         losses = losses._replace(out_of_range=per_byte.out_of_range)
         raise_invalid(losses, weight, preds, target, options, len(token_bytes))
-        return Tally.stack(tally_losses(losses, weight, sequence_group), tally_losses(per_byte, weight))
+        return [losses, per_byte], weight
+
+
+def tally_scored(
+    kinds: list[TargetLosses], weight: Tensor | None = None, sequence_group: ProcessGroup | None = None
+) -> Tally:
+    """Tally what `score_batch` returns; two kinds side by side, of which the first has the sequences' group."""
+    with torch.no_grad():
+        first = tally_losses(kinds[0], weight, sequence_group)
+        return Tally.stack(first, *(tally_losses(kind, weight) for kind in kinds[1:])) if kinds[1:] else first
+
+
+def group_scored(
+    kinds: list[TargetLosses], group: Tensor, preds: Tensor, target: Tensor, options: LossOptions, num_groups: int
+) -> list[GroupTally]:
+    """Tally what `score_batch` returns by group, each kind for itself."""
+    with torch.no_grad():
+        group = _as_group(group, preds, target, options, kinds[0])
+        _raise_groupless(kinds[0], None, group, num_groups)
+        return [tally_groups(kind, None, group, num_groups) for kind in kinds]
 
 
 def tally_per_byte(
@@ -119,9 +153,7 @@ def tally_grouped(
     """Tally a batch by group."""
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options, class_weight)
-        shape = target_shape(target, options)
-        check_group(group, shape, preds)
-        group = _per_target(as_index(group), shape, options, losses)
+        group = _as_group(group, preds, target, options, losses)
         raise_invalid(losses, weight, preds, target, options)
         _raise_groupless(losses, weight, group, num_groups)
         return tally_groups(losses, weight, group, num_groups)
@@ -213,6 +245,13 @@ def _score(
     if weight is not None:
         weight = _as_weight(weight, target_shape(target, options), options, losses)
     return losses, weight
+
+
+def _as_group(group: Tensor, preds: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses) -> Tensor:
+    """Broadcast groups to the losses."""
+    shape = target_shape(target, options)
+    check_group(group, shape, preds)
+    return _per_target(as_index(group), shape, options, losses)
 
 
 def _per_byte(

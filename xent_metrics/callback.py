@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler, IterableDataset
 
-from xent_metrics.batch import tally_batch
 from xent_metrics.distributed import is_distributed, unrepeated
-from xent_metrics.losses import Input, LossOptions
-from xent_metrics.metrics import CrossEntropyReport
-from xent_metrics.tally import Tally, sum_tallies_over_ranks, tally_mean
+from xent_metrics.outputs import Form, Mean, OutputReader, Tallies, add_tallies
+from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_reading, check_valid
+from xent_metrics.tally import GroupTally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -47,10 +46,7 @@ else:
 
 _READINGS = ("cross_entropy", "bits_per_token", "perplexity")
 _BOUNDS = ("cross_entropy_lower", "cross_entropy_upper", "perplexity_lower", "perplexity_upper")
-_FORMS = (
-    '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
-    '(with "labels" for "target" if you like), or {"loss": mean over targets, "num_tokens": how many}'
-)
+_BEST = "best_bits_per_token"
 
 
 class CrossEntropyMonitor(Callback):
@@ -62,18 +58,26 @@ class CrossEntropyMonitor(Callback):
       nothing a second time: `losses = F.cross_entropy(..., reduction="none")` and `loss = losses.mean()`;
     - `{"logits": ..., "target": ...}`: the losses are computed here, without regularisers or smoothing;
     - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
-      known of sequences there is no interval.
+      known of single targets there is no interval, and there are neither groups nor bytes.
 
     `labels` is accepted for `target`. Either is aligned with `logits` (position t is scored by `logits[:, t]`), unless
     `shift` says otherwise.
 
     Logged metrics:
-        - `train/cross_entropy`, `train/bits_per_token`, `train/perplexity`: over all targets since the last log
-          point (not the last batch only), at the steps where Lightning logs;
-        - `train/cross_entropy_epoch`, `train/bits_per_token_epoch`, `train/perplexity_epoch`: over the epoch;
-        - `val/cross_entropy`, `val/bits_per_token`, `val/perplexity`, and the same with `test/`: over the whole
-          epoch and all loaders; with `_lower` and `_upper` of cross-entropy and perplexity, a 95 % interval
-          clustered by sequence.
+        `{stage}` is `train`, `val` or `test`, `{reading}` is `cross_entropy` (nats), `bits_per_token` or `perplexity`,
+        and with `token_bytes` also `bits_per_byte`; `prefix` stands before all of them.
+
+        - `train/{reading}`: over all targets since the last log point (not the last batch only), at the steps where
+          Lightning logs;
+        - `train/{reading}_epoch`: over the epoch;
+        - `val/{reading}`, `test/{reading}`: over the whole epoch and all loaders, each target counting once;
+        - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
+          `confidence`, clustered by sequence; not logged where there are no two sequences;
+        - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
+        - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if there are several;
+        - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets.
+
+        NaN is logged where there are no targets at all.
 
     Every rank logs the value of all ranks together, at one collective a log point and one at the end of each epoch.
     Samples that `DistributedSampler` draws twice, so that ranks have equally many, are scored once in validation and
@@ -85,26 +89,36 @@ class CrossEntropyMonitor(Callback):
     checkpoint that was written because of an exception on several ranks lacks what was tallied since the last log
     point, as the rank that failed cannot ask the others.
 
-    All values go through `self.log`, so every logger gets them, and `ModelCheckpoint` and `EarlyStopping` can monitor
-    them. Monitor `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
+    All loggers get the values, and `ModelCheckpoint` and `EarlyStopping` can monitor them. Monitor
+    `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
 
     Args:
         extract: Called as `extract(outputs, batch)`, returns one of the forms above, for steps that return something
-            else. `outputs["loss"]` is then the loss as the step returned it.
+            else. `outputs["loss"]` is then the loss as the step returned it. An import path in YAML.
         class_dim: The dimension of `logits` that counts classes.
         ignore_index: The target that is not scored; None for none.
         shift: Let `logits[:, t]` score target t + 1, for logits and labels of one length as Hugging Face models have
             them; `losses` are aligned with their targets already.
+        groups: Names of data sets, domains, ... that are also read by themselves. The form then has `"group"` beside
+            its target: a name or an index into the names, for the batch, for each of its sequences, or for each target.
+        token_bytes: Bytes of text behind each token id, as `xent_metrics.token_byte_lengths(tokenizer).tolist()`
+            gives them, or a file to which `torch.save` wrote them; adds `bits_per_byte`.
+        nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them out,
+            `"raise"` stops the run.
+        confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
+        prefix: What stands before all tags, such as `"ema/"`; each of several monitors needs its own.
 
     Raises:
-        ValueError: In a step's hook, if the step returned none of the forms.
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is not as described; in a step's hook, if the step returned none of the forms; at a
+            log point, if targets were out of range.
 
     Example::
 
         Trainer(callbacks=[CrossEntropyMonitor(), EarlyStopping("val/cross_entropy")])
     """
 
-    _window: Tally
+    _window: Tallies
 
     def __init__(
         self,
@@ -112,29 +126,55 @@ class CrossEntropyMonitor(Callback):
         class_dim: int = -1,
         ignore_index: int | None = -100,
         shift: bool = False,
+        groups: Sequence[str] | None = None,
+        token_bytes: Sequence[int] | Tensor | str | None = None,
+        nan_policy: NanPolicy = "propagate",
+        confidence: float = 0.95,
+        prefix: str = "",
     ) -> None:
-        self.extract = extract
-        self.class_dim = class_dim
-        self.ignore_index = ignore_index
-        self.shift = shift
-        self._report = CrossEntropyReport(class_dim=class_dim, ignore_index=ignore_index)
+        check_reading(nan_policy, confidence)
+        if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]*", prefix, re.ASCII):
+            raise ValueError(
+                "`prefix` must be text of letters, digits, '_', '.', '-' and '/', which all loggers accept, got "
+                f"{prefix!r}."
+            )
+        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes)
+        self._configuration = {
+            "class_dim": class_dim,
+            "ignore_index": ignore_index,
+            "shift": shift,
+            "groups": self._outputs.groups,
+            "by_bytes": self._outputs.token_bytes is not None,
+            "prefix": prefix,
+        }
+        self.nan_policy: NanPolicy = nan_policy
+        self.confidence = confidence
+        self.prefix = prefix
         self._group: ProcessGroup | None = None
+        self._evaluation: list[Tallies] = []
         self._forget()
 
     @property
     def state_key(self) -> str:
         """Tell instances apart that are set up differently, so that each gets its own state back."""
-        return self._generate_state_key(class_dim=self.class_dim, ignore_index=self.ignore_index, shift=self.shift)
+        return self._generate_state_key(**self._configuration)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Move to the device of the run and forget the last one."""
-        self._report.to(trainer.strategy.root_device)
+        """Move to the device of the run; one that fits forgets the last one."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, CrossEntropyMonitor) and other.prefix == self.prefix for other in callbacks) > 1:
+            raise ValueError(
+                f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {self.prefix!r} twice; their "
+                "values would be averaged under one tag."
+            )
+        self._outputs.to(trainer.strategy.root_device)
         self._group = _data_parallel_group(trainer)
-        self._forget()
+        if stage == "fit":
+            self._forget()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for name in self._epoch_tags():
-                # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
-                warnings.filterwarnings("ignore", f".*{re.escape(f'self.log({name!r}')}", UserWarning)
+            # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
+            tag = rf"{re.escape(self.prefix)}(train|val|test)/({_BEST}|{'|'.join(_READINGS)}|bits_per_byte)"
+            warnings.filterwarnings("ignore", rf".*self\.log\('{tag}", UserWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
@@ -142,12 +182,22 @@ class CrossEntropyMonitor(Callback):
         After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
         log point is then left out.
         """
-        window = self._zero() if self._failed and is_distributed() else self._over_ranks(self._window)
-        return {"earlier": (self._earlier + window).state, "epoch": (self._epoch + window).state}
+        [window] = [self._outputs.zero()] if self._failed and is_distributed() else self._over_ranks([self._window])
+        earlier, epoch = add_tallies(self._earlier, window), add_tallies(self._epoch, window)
+        return {
+            "earlier": [tally.state for tally in earlier],
+            "epoch": [tally.state for tally in epoch],
+            "best": self._best,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied."""
-        self._earlier, self._epoch = (Tally(state_dict[name].to(self._report.device)) for name in ("earlier", "epoch"))
+        zero = self._outputs.zero()
+        self._earlier, self._epoch = (
+            tuple(type(each)(state.to(each.state.device)) for each, state in zip(zero, state_dict[name], strict=True))
+            for name in ("earlier", "epoch")
+        )
+        self._best = state_dict["best"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for no other rank from now on."""
@@ -155,31 +205,32 @@ class CrossEntropyMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch."""
-        self._epoch = self._zero()
+        self._epoch = self._outputs.zero()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tally the batch, and log the window if Lightning is about to write."""
         if trainer.fit_loop.batch_idx == 0:
-            self._epoch = self._zero()  # Lightning does not announce an epoch that starts where a run is resumed.
+            # Lightning does not announce an epoch that starts where a run is resumed.
+            self._epoch = self._outputs.zero()
         if outputs and pl_module.automatic_optimization:
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
         if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
-            self._window = self._window + self._tally("training_step", outputs, batch)
+            self._window = add_tallies(self._window, self._tally("training_step", outputs, batch))
         if _is_log_point(trainer, pl_module):
             window = self._close_window()
-            pl_module.log_dict(self._tagged("train", window + self._earlier), on_step=True, on_epoch=False)
-            self._earlier = self._zero()
+            self._write(trainer, self._read("train", add_tallies(window, self._earlier)))
+            self._earlier = self._outputs.zero()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
-        self._earlier = self._earlier + self._close_window()
-        pl_module.log_dict(self._tagged("train", self._epoch, suffix="_epoch"), batch_size=1)
+        self._earlier = add_tallies(self._earlier, self._close_window())
+        self._log(trainer, pl_module, self._read("train", self._epoch[:1], suffix="_epoch"))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
-        self._evaluation = self._zero()
+        self._evaluation = [self._outputs.zero() for _ in trainer.num_val_batches]
 
     def on_validation_batch_end(
         self,
@@ -192,15 +243,21 @@ class CrossEntropyMonitor(Callback):
     ) -> None:
         """Tally the batch."""
         drawn = self._unrepeated(trainer.val_dataloaders, "val", batch_idx, dataloader_idx)
-        self._evaluation = self._evaluation + self._tally("validation_step", outputs, batch, drawn)
+        batch_tallies = self._tally("validation_step", outputs, batch, drawn)
+        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], batch_tallies)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the validation."""
-        pl_module.log_dict(self._tagged("val", self._over_ranks(self._evaluation), bounds=True), batch_size=1)
+        """Log the validation, and in a fit the best one so far."""
+        values = self._read_evaluation("val")
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            known = (self._best, values[f"{self.prefix}val/bits_per_token"])
+            self._best = min((bits for bits in known if not math.isnan(bits)), default=math.nan)
+            values[f"{self.prefix}val/{_BEST}"] = self._best
+        self._log(trainer, pl_module, values)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        self._evaluation = self._zero()
+        self._evaluation = [self._outputs.zero() for _ in trainer.num_test_batches]
 
     def on_test_batch_end(
         self,
@@ -213,46 +270,87 @@ class CrossEntropyMonitor(Callback):
     ) -> None:
         """Tally the batch."""
         drawn = self._unrepeated(trainer.test_dataloaders, "test", batch_idx, dataloader_idx)
-        self._evaluation = self._evaluation + self._tally("test_step", outputs, batch, drawn)
+        batch_tallies = self._tally("test_step", outputs, batch, drawn)
+        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], batch_tallies)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        pl_module.log_dict(self._tagged("test", self._over_ranks(self._evaluation), bounds=True), batch_size=1)
-
-    def _zero(self) -> Tally:
-        return Tally.zero(self._report.device)
+        self._log(trainer, pl_module, self._read_evaluation("test"))
 
     def _forget(self) -> None:
         # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what
         # was reduced before it was logged: at the end of an epoch, or by a checkpoint.
-        self._window, self._earlier, self._epoch = self._zero(), self._zero(), self._zero()
-        self._evaluation = self._zero()
+        self._window, self._earlier, self._epoch = self._outputs.zero(), self._outputs.zero(), self._outputs.zero()
+        self._best = math.nan
         self._failed = False
         self._warned: set[str] = set()
 
-    def _over_ranks(self, tally: Tally) -> Tally:
+    def _over_ranks(self, several: list[Tallies]) -> list[Tallies]:
         """Add up over the ranks that hold different data: one collective."""
-        (total,) = sum_tallies_over_ranks([tally], self._group)
-        return total
+        total = iter(sum_tallies_over_ranks([tally for tallies in several for tally in tallies], self._group))
+        return [tuple(next(total) for _ in tallies) for tallies in several]
 
-    def _close_window(self) -> Tally:
+    def _close_window(self) -> Tallies:
         """Reduce the window, give it to the epoch, and start another."""
-        window = self._over_ranks(self._window)
-        self._epoch = self._epoch + window
-        self._window = self._zero()
+        [window] = self._over_ranks([self._window])
+        self._epoch = add_tallies(self._epoch, window)
+        self._window = self._outputs.zero()
         return window
 
-    def _tagged(self, stage: str, tally: Tally, suffix: str = "", bounds: bool = False) -> dict[str, Tensor]:
-        """Read a tally of all ranks, under the tags that it is logged with."""
-        values = self._report.read(tally)
+    def _read(self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False) -> dict[str, float]:
+        """Read tallies of all ranks, under the tags that they are logged with."""
+        whole, by_group = self._exactly(tallies[:1]), self._exactly(tallies[1:])
+        values = {name: value for name, [value] in _values(whole).items()}
         # All bounds are NaN or none is: there is no interval below two sequences.
-        known = _BOUNDS if bounds and not math.isnan(values[_BOUNDS[0]]) else ()
-        return {f"{stage}/{name}{suffix}": values[name] for name in (*_READINGS, *known)}
+        if bounds and not math.isnan(getattr(whole[0], _BOUNDS[0])):
+            values |= {name: getattr(whole[0], name) for name in _BOUNDS}
+        tagged = {f"{self.prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
+        for name, each in _values(by_group).items():
+            for group, value, num_tokens in zip(self._outputs.groups, each, by_group[0].num_tokens, strict=True):
+                if num_tokens:
+                    tagged[f"{self.prefix}{stage}/{name}{suffix}/{group}"] = value
+        return tagged
 
-    @staticmethod
-    def _epoch_tags() -> list[str]:
-        tags = [f"{stage}/{name}" for stage in ("val", "test") for name in (*_READINGS, *_BOUNDS)]
-        return [*tags, *(f"train/{name}_epoch" for name in _READINGS)]
+    def _read_evaluation(self, stage: str) -> dict[str, float]:
+        """Read all loaders together, and each by itself."""
+        loaders = self._over_ranks(self._evaluation)
+        total = loaders[0]
+        for tallies in loaders[1:]:
+            total = add_tallies(total, tallies)
+        values = self._read(stage, total, bounds=True)
+        if len(loaders) > 1:
+            for i, (whole, *_) in enumerate(loaders):
+                values |= self._read(stage, (whole,), suffix=f"/dataloader_idx_{i}")
+        return values
+
+    def _exactly(self, tallies: Tallies) -> list[Any]:
+        """Copy tallies to the host and read them; raise if they counted what no reading can be trusted with."""
+        readings: list[Any] = []
+        for part in (part for tally in tallies for part in tally.cpu().unbind()):
+            if isinstance(part, GroupTally):
+                groups = part.totals()
+                check_valid(groups.everything, groups.groupless, kept=False)
+                readings.append(GroupReading(groups, self.nan_policy))
+            else:
+                totals = part.totals()
+                check_valid(totals, kept=False)
+                readings.append(ExactReading(totals, self.nan_policy, self.confidence))
+        return readings
+
+    def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Hand step values to the loggers as Lightning's own monitors do, at the step that it writes at.
+
+        `self.log` would copy every value to the device and back, and write a window again if it decides to write
+        after a batch that was no log point here.
+        """
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics.update(_as_tensors(values))
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+        """Log values of an epoch, which Lightning returns and monitors too."""
+        if not trainer.barebones:  # It would warn about every name.
+            pl_module.log_dict(_as_tensors(values), batch_size=1, add_dataloader_idx=False)
 
     def _unrepeated(self, loaders: Any, stage: str, batch_idx: int, dataloader_idx: int) -> tuple[int, int] | None:
         """Return how many samples this rank drew for a batch, and how many of them are no repetition.
@@ -287,41 +385,22 @@ class CrossEntropyMonitor(Callback):
                 stacklevel=2,
             )
 
-    def _tally(self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None = None) -> Tally:
+    def _tally(self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None = None) -> Tallies:
         """Tally what a step returned: of all samples that were drawn, or of the first ones of them only."""
-        form = outputs if self.extract is None else self.extract(outputs, batch)
-        seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
-        if isinstance(form, Mapping):
-            target = form.get("target", form.get("labels"))
-            kinds: tuple[Input, ...] = ("losses", "logits")
-            for kind in kinds:
-                if kind in form and target is not None:
-                    shift = self.shift and kind == "logits"
-                    options = LossOptions(kind, self.class_dim, ignore_index=self.ignore_index, shift=shift)
-                    return tally_batch(*self._first(drawn, form[kind], target), None, options)
-            if "loss" in form and "num_tokens" in form:
-                if drawn is not None:
-                    self._warn_repeated(f"{step} returns means")
-                return _tally_mean(form["loss"], form["num_tokens"])
-        raise ValueError(
-            f"{step if self.extract is None else '`extract`'} must return {_FORMS}, got {seen}; add what "
-            "is missing, or pass `extract`."
-        )
+        form = self._outputs.read(step, outputs, batch)
+        if isinstance(form, Mean):
+            if drawn is not None:
+                self._warn_repeated(f"{step} returns means")
+            return self._outputs.tally_mean(form)
+        form = form if drawn is None else self._kept(form, *drawn)
+        return self._outputs.tally(form, self._outputs.score(form))
 
-    def _first(self, drawn: tuple[int, int] | None, preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _kept(self, form: Form, num_samples: int, kept: int) -> Form:
         """Drop the rows of repeated samples, which come last."""
-        if drawn is None:
-            return preds, target
-        num_samples, kept = drawn
-        if target.shape[:1] != (num_samples,) or preds.shape[:1] != (num_samples,):
-            self._warn_repeated("targets do not have a row for each sample")
-            return preds, target
-        return preds[:kept], target[:kept]
-
-
-def _tally_mean(loss: Tensor, num_tokens: Tensor | int) -> Tally:
-    with torch.no_grad():
-        return tally_mean(loss, torch.as_tensor(num_tokens, dtype=torch.int64, device=loss.device))
+        if form.target.shape[:1] == form.preds.shape[:1] == (num_samples,):
+            return form.first(kept)
+        self._warn_repeated("targets do not have a row for each sample")
+        return form
 
 
 def _is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
@@ -343,3 +422,18 @@ def _data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
         return None
     group: ProcessGroup = mesh["data_parallel"].get_group()
     return group
+
+
+def _values(readings: Sequence[Any]) -> dict[str, list[float]]:
+    """Read everything that is logged of tokens, and of bytes: one number, or one for each group."""
+    if not readings:
+        return {}
+    values = {name: getattr(readings[0], name) for name in _READINGS}
+    if len(readings) > 1:
+        values["bits_per_byte"] = readings[1].bits_per_token
+    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+
+
+def _as_tensors(values: dict[str, float]) -> dict[str, Tensor]:
+    """Lightning would round floats to float32, and copy them to the device."""
+    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}

@@ -345,6 +345,16 @@ class GroupReading:
         return self._means(_LN_2)
 
     @property
+    def perplexity(self) -> list[float]:
+        """`exp` of each group's cross-entropy."""
+        return [_exp(mean) for mean in self.cross_entropy]
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """Number of targets of each group that were scored, those of non-finite loss included."""
+        return self.totals.scored
+
+    @property
     def overall(self) -> ExactReading:
         """What all targets together read."""
         return ExactReading(self.totals.everything, self.nan_policy)

@@ -226,19 +226,20 @@ class GroupTally:
         rows = self.state[:, :-1].T.contiguous()  # Or each number would be looked up by itself.
         loss = [to_int(limbs) for limbs in rows[:, :NUM_LIMBS].tolist()]
         weight = [to_int(limbs) for limbs in rows[:, NUM_LIMBS : 2 * NUM_LIMBS].tolist()]
-        nonfinite = rows[:, -3:].tolist()
-        return GroupTotals(loss, weight, nonfinite, int(self.groupless_on_device()), self.overall().totals())
+        scored, nonfinite = rows[:, 2 * NUM_LIMBS].tolist(), rows[:, -3:].tolist()
+        return GroupTotals(loss, weight, scored, nonfinite, int(self.groupless_on_device()), self.overall().totals())
 
 
 class GroupTotals(NamedTuple):
     """A group tally on the host: Python integers in units of `2**-64`, one for each group.
 
-    `nonfinite` counts infinite, minus infinite and NaN losses of each group; `groupless` scored targets without a
-    valid group, which are in `everything` only by their counts.
+    `scored` and `nonfinite` count targets of each group, the latter those of infinite, minus infinite and NaN losses;
+    `groupless` counts scored targets without a valid group, which are in `everything` only by their counts.
     """
 
     loss: list[int]
     weight: list[int]
+    scored: list[int]
     nonfinite: list[list[int]]
     groupless: int
     everything: Totals
@@ -257,7 +258,7 @@ def _check_addend(tally: Tally | GroupTally, other: object) -> None:
         )
 
 
-AnyTally = TypeVar("AnyTally", Tally, GroupTally)
+AnyTally = TypeVar("AnyTally", bound=Tally | GroupTally)
 
 
 def sum_tallies_over_ranks(tallies: Sequence[AnyTally], group: ProcessGroup | None = None) -> list[AnyTally]:

@@ -1,0 +1,186 @@
+"""From what a step of a training loop returned to tallies; knows nothing of Lightning.
+
+A step returns one of three forms, and a form is read here and nowhere else. Its losses are computed once, whatever is
+tallied of them: all targets, and if wanted their bytes and their groups.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
+from xent_metrics.checks import as_token_table
+from xent_metrics.losses import LossOptions, TargetLosses
+from xent_metrics.tally import GroupTally, Tally, tally_mean
+
+Tallies = tuple[Tally | GroupTally, ...]
+"""What is tallied side by side: everything (per token, and per byte); then the groups, if any, in the same units."""
+
+_FORMS = (
+    '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
+    '(with "labels" for "target" if you like), or {"loss": mean over targets, "num_tokens": how many}'
+)
+
+
+class Form(NamedTuple):
+    """What a step returned of single targets.
+
+    Attributes:
+        preds: Losses or logits.
+        target: Their targets.
+        group: The group of each target, broadcastable to the targets; None without groups.
+        options: How `preds` is to be read.
+    """
+
+    preds: Tensor
+    target: Tensor
+    group: Tensor | None
+    options: LossOptions
+
+    def first(self, num_samples: int) -> Form:
+        """Return the form of the first samples."""
+        group = self.group if self.group is None or self.group.dim() == 0 else self.group[:num_samples]
+        return Form(self.preds[:num_samples], self.target[:num_samples], group, self.options)
+
+
+class Mean(NamedTuple):
+    """What a step returned that knows nothing of single targets: their mean loss, and how many they are."""
+
+    loss: Tensor
+    num_tokens: Tensor | int
+
+
+class OutputReader:
+    """Reads what steps return; its arguments are those of `CrossEntropyMonitor`."""
+
+    def __init__(
+        self,
+        extract: Callable[[Any, Any], Mapping[str, Any]] | None,
+        class_dim: int,
+        ignore_index: int | None,
+        shift: bool,
+        groups: Iterable[str] | None,
+        token_bytes: Sequence[int] | Tensor | str | None,
+    ) -> None:
+        if extract is not None and not callable(extract):
+            raise TypeError(
+                f"`extract` must be a function of (outputs, batch), got {extract!r}; in YAML, its import path."
+            )
+        self.extract = extract
+        self.groups = _as_names(groups)
+        self.token_bytes = None if token_bytes is None else _as_table(token_bytes)
+        self._options = {
+            "losses": LossOptions("losses", class_dim, ignore_index=ignore_index),
+            "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift),
+        }
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> None:
+        """Move to another device."""
+        self.device = device
+        self.token_bytes = None if self.token_bytes is None else self.token_bytes.to(device)
+
+    def zero(self) -> Tallies:
+        """Return the tallies of no targets at all."""
+        num_units = 1 if self.token_bytes is None else 2
+        whole = Tally.zero(self.device, None if num_units == 1 else num_units)
+        by_group = (GroupTally.zero(len(self.groups), self.device) for _ in range(num_units if self.groups else 0))
+        return (whole, *by_group)
+
+    def read(self, step: str, outputs: Any, batch: Any) -> Form | Mean:
+        """Find the form in what a step returned.
+
+        Raises:
+            ValueError: If there is none; it names the step, what the step returned, and the forms.
+        """
+        form = outputs if self.extract is None else self.extract(outputs, batch)
+        if isinstance(form, Mapping):
+            target = form.get("target", form.get("labels"))
+            for kind, options in self._options.items():
+                if kind in form and target is not None and ("group" in form or not self.groups):
+                    group = self._as_group(form["group"], target, options) if self.groups else None
+                    return Form(form[kind], target, group, options)
+            if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
+                return Mean(form["loss"], form["num_tokens"])
+        seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
+        raise ValueError(
+            f"{step if self.extract is None else f'`extract`, called after {step},'} must return {self._forms()}, got "
+            f"{seen}; add what is missing, or pass `extract`."
+        )
+
+    def score(self, form: Form) -> list[TargetLosses]:
+        """Return the losses of all targets: per token, and with `token_bytes` also per byte."""
+        return score_batch(form.preds, form.target, None, form.options, token_bytes=self.token_bytes)[0]
+
+    def tally(self, form: Form, losses: list[TargetLosses]) -> Tallies:
+        """Tally a form of which the losses are known."""
+        whole = tally_scored(losses)
+        if form.group is None:
+            return (whole,)
+        by_group = group_scored(losses, form.group, form.preds, form.target, form.options, len(self.groups))
+        return (whole, *by_group)
+
+    @staticmethod
+    def tally_mean(mean: Mean) -> Tallies:
+        """Tally a mean."""
+        with torch.no_grad():
+            return (
+                tally_mean(mean.loss, torch.as_tensor(mean.num_tokens, dtype=torch.int64, device=mean.loss.device)),
+            )
+
+    def _forms(self) -> str:
+        """Say what a step may return."""
+        if self.groups:
+            return f'one of the first two of {_FORMS}, and for `groups` also "group": a name or an index'
+        return _FORMS if self.token_bytes is None else f"for `token_bytes` one of the first two of {_FORMS}"
+
+    def _as_group(self, group: Any, target: Tensor, options: LossOptions) -> Tensor:
+        """Return the index of every target's group, broadcastable to the targets, from names or indices."""
+        names = [group] if isinstance(group, str) else group if isinstance(group, Sequence) else []
+        if any(isinstance(name, str) for name in names):
+            unknown = [name for name in names if name not in self.groups]
+            if unknown:
+                raise ValueError(
+                    f"`group` must hold names of `groups`, which are {list(self.groups)}, got {unknown[0]!r}; add it "
+                    "to `groups`."
+                )
+            indices = [self.groups.index(name) for name in names]
+            group = indices[0] if isinstance(group, str) else indices
+        index, shape = torch.as_tensor(group, device=target.device), target_shape(target, options)
+        if index.shape != shape[: index.dim()]:
+            raise ValueError(
+                f"`group` must be one for the batch, one for each sequence, or one for each target, got shape "
+                f"{tuple(index.shape)} for targets of shape {tuple(shape)}."
+            )
+        return index.view(*index.shape, *(1 for _ in shape[index.dim() :]))
+
+
+def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
+    """Add what stands side by side, one by one."""
+    return tuple(tally + other for tally, other in zip(tallies, others, strict=True))  # type: ignore[operator]
+
+
+def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
+    if groups is None:
+        return ()
+    names = tuple(groups)
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"(?!dataloader_idx)[\w.-]+", name, re.ASCII):
+            raise ValueError(
+                "`groups` must be names of letters, digits, '_', '.' and '-', which become part of a tag, got "
+                f"{name!r}; rename it."
+            )
+    if isinstance(groups, str) or not names or len(set(names)) < len(names):
+        raise ValueError(f"`groups` must be a list of different names, got {groups!r}; pass None for no groups.")
+    return names
+
+
+def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
+    if isinstance(token_bytes, str):
+        token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
+    return as_token_table(token_bytes if isinstance(token_bytes, Tensor) else torch.tensor(token_bytes))
