@@ -256,7 +256,8 @@ def test_nothing_is_read_between_log_points(tmp_path, monkeypatch) -> None:
     reads = []
     totals = Tally.totals
     monkeypatch.setattr(Tally, "totals", lambda tally: (reads.append(1), totals(tally))[1])
-    make_trainer(tmp_path, CrossEntropyMonitor(), max_epochs=1, log_every_n_steps=5).fit(Bigram(), loader(20))
+    monitor = CrossEntropyMonitor(dashboards=())
+    make_trainer(tmp_path, monitor, max_epochs=1, log_every_n_steps=5).fit(Bigram(), loader(20))
     assert len(reads) == 20 // 5 + 1
 
 

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler, IterableDataset
 
+from xent_metrics.boards import PARTS, Boards, Part
 from xent_metrics.distributed import is_distributed, unrepeated
-from xent_metrics.outputs import Form, Mean, OutputReader, Tallies, add_tallies
+from xent_metrics.outputs import Mean, OutputReader, Tallies, add_tallies
+from xent_metrics.pictures import Decode, Gallery
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_reading, check_valid
 from xent_metrics.tally import GroupTally, sum_tallies_over_ranks
 
@@ -107,6 +109,20 @@ class CrossEntropyMonitor(Callback):
             `"raise"` stops the run.
         confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
         prefix: What stands before all tags, such as `"ema/"`; each of several monitors needs its own.
+        dashboards: What to write beside the values where there is a TensorBoard logger; `()` for nothing, and
+            `"overlay"` is not there unless you name it:
+
+            - `"layout"`: charts in the Custom Scalars tab, beside those that are there already;
+            - `"descriptions"`: definition, unit, and what is pooled and left out, behind the "i" of every chart;
+            - `"references"`: `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, lines to compare with;
+            - `"hparams"`: a row in the HParams tab with the values of this run's tags, in place of Lightning's own;
+            - `"pictures"`: the distribution of losses, loss by position, and a text coloured by what each token cost:
+              at the first, second, fourth, eighth, ... validation and the last;
+            - `"summary"`: a page in the Text tab when the fit is over;
+            - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
+        decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`. May be set later, as
+            `monitor.decode = ...`, before the fit. Without it, numbers are shown.
+        num_classes: How many classes there are, for the lines to compare with where no step returns logits.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -131,6 +147,9 @@ class CrossEntropyMonitor(Callback):
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
         prefix: str = "",
+        dashboards: Sequence[Part] = PARTS,
+        decode: Decode | None = None,
+        num_classes: int | None = None,
     ) -> None:
         check_reading(nan_policy, confidence)
         if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]*", prefix, re.ASCII):
@@ -138,7 +157,7 @@ class CrossEntropyMonitor(Callback):
                 "`prefix` must be text of letters, digits, '_', '.', '-' and '/', which all loggers accept, got "
                 f"{prefix!r}."
             )
-        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes)
+        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes)
         self._configuration = {
             "class_dim": class_dim,
             "ignore_index": ignore_index,
@@ -150,6 +169,10 @@ class CrossEntropyMonitor(Callback):
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
         self.prefix = prefix
+        self.decode = decode
+        self._readings = (*_READINGS, *(["bits_per_byte"] if self._outputs.token_bytes is not None else []))
+        self._boards = Boards(dashboards, self._readings, self._outputs.groups, prefix)
+        self._gallery: Gallery | None = None
         self._group: ProcessGroup | None = None
         self._evaluation: list[Tallies] = []
         self._forget()
@@ -169,6 +192,7 @@ class CrossEntropyMonitor(Callback):
             )
         self._outputs.to(trainer.strategy.root_device)
         self._group = _data_parallel_group(trainer)
+        self._boards.find(trainer.loggers, trainer.is_global_zero)
         if stage == "fit":
             self._forget()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -184,20 +208,28 @@ class CrossEntropyMonitor(Callback):
         """
         [window] = [self._outputs.zero()] if self._failed and is_distributed() else self._over_ranks([self._window])
         earlier, epoch = add_tallies(self._earlier, window), add_tallies(self._epoch, window)
+        seen = add_tallies(self._seen, window[:1])
         return {
             "earlier": [tally.state for tally in earlier],
             "epoch": [tally.state for tally in epoch],
+            "seen": [tally.state for tally in seen],
             "best": self._best,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied."""
         zero = self._outputs.zero()
-        self._earlier, self._epoch = (
-            tuple(type(each)(state.to(each.state.device)) for each, state in zip(zero, state_dict[name], strict=True))
-            for name in ("earlier", "epoch")
+        self._earlier, self._epoch, self._seen = (
+            tuple(type(each)(state.to(each.state.device)) for each, state in zip(zero, state_dict[name], strict=False))
+            for name in ("earlier", "epoch", "seen")
         )
         self._best = state_dict["best"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the row of the run in TensorBoard's table of hyperparameters, before Lightning writes its own."""
+        self._boards.log_hparams(
+            _hparams(trainer, pl_module), [f"{self.prefix}val/{name}" for name in (_BEST, *self._readings)]
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for no other rank from now on."""
@@ -220,17 +252,18 @@ class CrossEntropyMonitor(Callback):
             self._window = add_tallies(self._window, self._tally("training_step", outputs, batch))
         if _is_log_point(trainer, pl_module):
             window = self._close_window()
-            self._write(trainer, self._read("train", add_tallies(window, self._earlier)))
+            self._write_step(trainer, self._read("train", add_tallies(window, self._earlier)))
             self._earlier = self._outputs.zero()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
         self._earlier = add_tallies(self._earlier, self._close_window())
-        self._log(trainer, pl_module, self._read("train", self._epoch[:1], suffix="_epoch"))
+        self._log_epoch(trainer, pl_module, self._read("train", self._epoch[:1], suffix="_epoch"), "train")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
         self._evaluation = [self._outputs.zero() for _ in trainer.num_val_batches]
+        self._gallery = None if trainer.sanity_checking else self._boards.gallery(self._outputs.device)
 
     def on_validation_batch_end(
         self,
@@ -243,7 +276,7 @@ class CrossEntropyMonitor(Callback):
     ) -> None:
         """Tally the batch."""
         drawn = self._unrepeated(trainer.val_dataloaders, "val", batch_idx, dataloader_idx)
-        batch_tallies = self._tally("validation_step", outputs, batch, drawn)
+        batch_tallies = self._tally("validation_step", outputs, batch, drawn, self._gallery)
         self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], batch_tallies)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,11 +286,19 @@ class CrossEntropyMonitor(Callback):
             known = (self._best, values[f"{self.prefix}val/bits_per_token"])
             self._best = min((bits for bits in known if not math.isnan(bits)), default=math.nan)
             values[f"{self.prefix}val/{_BEST}"] = self._best
-        self._log(trainer, pl_module, values)
+        self._log_epoch(trainer, pl_module, values, "val")
+        if self._gallery is not None:
+            alone = trainer.state.fn == "validate"
+            self._boards.show(self._gallery, _step(trainer), self._group, self.decode, now=alone)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last validation, and write what the run has reached."""
+        self._boards.finish(lambda: self._summary(trainer, pl_module), _step(trainer), self.decode)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
         self._evaluation = [self._outputs.zero() for _ in trainer.num_test_batches]
+        self._gallery = None
 
     def on_test_batch_end(
         self,
@@ -275,25 +316,31 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        self._log(trainer, pl_module, self._read_evaluation("test"))
+        self._log_epoch(trainer, pl_module, self._read_evaluation("test"), "test")
 
     def _forget(self) -> None:
         # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what
         # was reduced before it was logged: at the end of an epoch, or by a checkpoint.
-        self._window, self._earlier, self._epoch = self._outputs.zero(), self._outputs.zero(), self._outputs.zero()
+        zero = self._outputs.zero()
+        self._window, self._earlier, self._epoch, self._seen = zero, zero, zero, zero[:1]
         self._best = math.nan
+        self._reached: dict[str, float] = {}
+        self._validated: Tallies = zero[:1]
         self._failed = False
+        self._boards.forget()
         self._warned: set[str] = set()
 
-    def _over_ranks(self, several: list[Tallies]) -> list[Tallies]:
+    def _over_ranks(self, several: list[Any]) -> list[Any]:
         """Add up over the ranks that hold different data: one collective."""
         total = iter(sum_tallies_over_ranks([tally for tallies in several for tally in tallies], self._group))
         return [tuple(next(total) for _ in tallies) for tallies in several]
 
     def _close_window(self) -> Tallies:
         """Reduce the window, give it to the epoch, and start another."""
+        window: Tallies
         [window] = self._over_ranks([self._window])
         self._epoch = add_tallies(self._epoch, window)
+        self._seen = add_tallies(self._seen, window[:1])
         self._window = self._outputs.zero()
         return window
 
@@ -301,8 +348,8 @@ class CrossEntropyMonitor(Callback):
         """Read tallies of all ranks, under the tags that they are logged with."""
         whole, by_group = self._exactly(tallies[:1]), self._exactly(tallies[1:])
         values = {name: value for name, [value] in _values(whole).items()}
-        # All bounds are NaN or none is: there is no interval below two sequences.
-        if bounds and not math.isnan(getattr(whole[0], _BOUNDS[0])):
+        # Two sequences have an interval, also where it is NaN: its curves must have points where their value has one.
+        if bounds and whole[0].totals.sequences > 1:
             values |= {name: getattr(whole[0], name) for name in _BOUNDS}
         tagged = {f"{self.prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
         for name, each in _values(by_group).items():
@@ -312,11 +359,16 @@ class CrossEntropyMonitor(Callback):
         return tagged
 
     def _read_evaluation(self, stage: str) -> dict[str, float]:
-        """Read all loaders together, and each by itself."""
-        loaders = self._over_ranks(self._evaluation)
+        """Read all loaders together, and each by itself; ranks meet once."""
+        gallery = self._gallery
+        loaders = self._over_ranks([*self._evaluation, *([(gallery.profile,)] if gallery else [])])
+        if gallery:
+            [gallery.profile] = loaders.pop()
         total = loaders[0]
         for tallies in loaders[1:]:
             total = add_tallies(total, tallies)
+        if stage == "val":
+            self._validated = total[:1]
         values = self._read(stage, total, bounds=True)
         if len(loaders) > 1:
             for i, (whole, *_) in enumerate(loaders):
@@ -337,20 +389,40 @@ class CrossEntropyMonitor(Callback):
                 readings.append(ExactReading(totals, self.nan_policy, self.confidence))
         return readings
 
-    def _write(self, trainer: Trainer, values: dict[str, float]) -> None:
+    def _write_step(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Hand step values to the loggers as Lightning's own monitors do, at the step that it writes at.
 
         `self.log` would copy every value to the device and back, and write a window again if it decides to write
         after a batch that was no log point here.
         """
+        self._boards.announce(values, "train", _step(trainer))
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(values, step=_step(trainer))
         trainer.callback_metrics.update(_as_tensors(values))
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float], stage: str) -> None:
         """Log values of an epoch, which Lightning returns and monitors too."""
+        if not trainer.sanity_checking:
+            self._boards.announce(values, stage, _step(trainer))
+            self._reached |= values
         if not trainer.barebones:  # It would warn about every name.
             pl_module.log_dict(_as_tensors(values), batch_size=1, add_dataloader_idx=False)
+
+    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Return a page on what the run has reached; only called where TensorBoard is."""
+        from xent_metrics.tensorboard import summarise  # noqa: PLC0415
+
+        configuration = {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "ranks": trainer.world_size,
+            "precision": trainer.precision,
+            **_hparams(trainer, pl_module),
+            **{f"CrossEntropyMonitor.{name}": value for name, value in self._configuration.items()},
+        }
+        counts = {"training": self._exactly(self._seen)[0], "the last validation": self._exactly(self._validated)[0]}
+        repeated = self._gallery.profile.num_repeated if self._gallery else 0
+        return summarise(configuration, self._reached, counts, repeated, self.prefix)
 
     def _unrepeated(self, loaders: Any, stage: str, batch_idx: int, dataloader_idx: int) -> tuple[int, int] | None:
         """Return how many samples this rank drew for a batch, and how many of them are no repetition.
@@ -385,22 +457,49 @@ class CrossEntropyMonitor(Callback):
                 stacklevel=2,
             )
 
-    def _tally(self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None = None) -> Tallies:
+    def _tally(
+        self,
+        step: str,
+        outputs: Any,
+        batch: Any,
+        drawn: tuple[int, int] | None = None,
+        gallery: Gallery | None = None,
+    ) -> Tallies:
         """Tally what a step returned: of all samples that were drawn, or of the first ones of them only."""
         form = self._outputs.read(step, outputs, batch)
         if isinstance(form, Mean):
             if drawn is not None:
                 self._warn_repeated(f"{step} returns means")
             return self._outputs.tally_mean(form)
-        form = form if drawn is None else self._kept(form, *drawn)
-        return self._outputs.tally(form, self._outputs.score(form))
+        if drawn is not None:
+            num_samples, kept = drawn
+            if form.target.shape[:1] == form.preds.shape[:1] == (num_samples,):
+                form = form.first(kept)  # Repeated samples come last.
+            else:
+                self._warn_repeated("targets do not have a row for each sample")
+                kept = num_samples
+            if gallery:
+                gallery.leave_out(num_samples - kept)
+        losses = self._outputs.score(form)
+        if gallery:
+            gallery.add(losses[0], *self._outputs.classes(form))
+        return self._outputs.tally(form, losses)
 
-    def _kept(self, form: Form, num_samples: int, kept: int) -> Form:
-        """Drop the rows of repeated samples, which come last."""
-        if form.target.shape[:1] == form.preds.shape[:1] == (num_samples,):
-            return form.first(kept)
-        self._warn_repeated("targets do not have a row for each sample")
-        return form
+
+def _step(trainer: Trainer) -> int:
+    """Return the step that Lightning writes at, which is not `global_step`."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
+def _hparams(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Return what data module and module saved, as Lightning logs it."""
+    sources: list[Any] = [getattr(trainer, "datamodule", None), pl_module]
+    pairs = ((name, value) for source in sources for name, value in getattr(source, "hparams_initial", {}).items())
+    saved = {name: value for name, value in pairs if not name.startswith("_")}  # Lightning's own notes.
+    nested = {name: value for name, value in saved.items() if isinstance(value, Mapping)}
+    flat = {f"{name}/{key}": value for name, values in nested.items() for key, value in values.items()}
+    return {name: value for name, value in saved.items() if name not in nested} | flat
 
 
 def _is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
-from xent_metrics.checks import as_token_table
+from xent_metrics.checks import as_token_table, check_num_classes
 from xent_metrics.losses import LossOptions, TargetLosses
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
@@ -66,6 +66,7 @@ class OutputReader:
         shift: bool,
         groups: Iterable[str] | None,
         token_bytes: Sequence[int] | Tensor | str | None,
+        num_classes: int | None,
     ) -> None:
         if extract is not None and not callable(extract):
             raise TypeError(
@@ -74,6 +75,9 @@ class OutputReader:
         self.extract = extract
         self.groups = _as_names(groups)
         self.token_bytes = None if token_bytes is None else _as_table(token_bytes)
+        if num_classes is not None:
+            check_num_classes("num_classes", num_classes)
+        self.num_classes = num_classes
         self._options = {
             "losses": LossOptions("losses", class_dim, ignore_index=ignore_index),
             "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift),
@@ -116,6 +120,13 @@ class OutputReader:
     def score(self, form: Form) -> list[TargetLosses]:
         """Return the losses of all targets: per token, and with `token_bytes` also per byte."""
         return score_batch(form.preds, form.target, None, form.options, token_bytes=self.token_bytes)[0]
+
+    def classes(self, form: Form) -> tuple[Tensor | None, int | None]:
+        """Return the class of every target, and how many classes there are, as far as the form knows them."""
+        if form.target.is_floating_point():
+            return None, None
+        ids = form.options.aligned(form.target).long()
+        return ids, form.preds.shape[form.options.class_dim] if form.options.input == "logits" else self.num_classes
 
     def tally(self, form: Form, losses: list[TargetLosses]) -> Tallies:
         """Tally a form of which the losses are known."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -258,7 +258,14 @@ def _check_addend(tally: Tally | GroupTally, other: object) -> None:
         )
 
 
-AnyTally = TypeVar("AnyTally", bound=Tally | GroupTally)
+class _Summable(Protocol):
+    """What is one tensor of integers, and is added by adding it."""
+
+    @property
+    def state(self) -> Tensor: ...
+
+
+AnyTally = TypeVar("AnyTally", bound=_Summable)
 
 
 def sum_tallies_over_ranks(tallies: Sequence[AnyTally], group: ProcessGroup | None = None) -> list[AnyTally]:
@@ -267,7 +274,8 @@ def sum_tallies_over_ranks(tallies: Sequence[AnyTally], group: ProcessGroup | No
         return list(tallies)
     packed = sum_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), group)
     parts = packed.split([tally.state.numel() for tally in tallies])
-    return [type(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
+    make: Any = type
+    return [make(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
 
 
 def tally_losses(

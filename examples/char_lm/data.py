@@ -186,9 +186,9 @@ class CharData(LightningDataModule):
         """Return the codes of a text's characters: their places in the alphabet."""
         return torch.tensor([self._codes[character] for character in text])
 
-    def decode(self, codes: Tensor) -> str:
+    def decode(self, codes: list[int]) -> str:
         """Return the text that has these codes."""
-        return "".join(self.alphabet[code] for code in codes.tolist())
+        return "".join(self.alphabet[code] for code in codes)
 
     def setup(self, stage: str) -> None:
         """Cut the text into rows: all windows to train on, but each character only once to validate on."""

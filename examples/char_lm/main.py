@@ -18,6 +18,7 @@ from model import CharModel
 from torch import Tensor
 
 from xent_metrics import BitsPerToken
+from xent_metrics.callback import CrossEntropyMonitor
 
 
 class CharCLI(LightningCLI):
@@ -37,6 +38,9 @@ class CharCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Log a validation of the untrained model: it must read ln(vocab_size), which checks all that logs."""
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, CrossEntropyMonitor):
+                callback.decode = self.datamodule.decode  # For the text that is coloured by what each character cost.
         self.trainer.validate(self.model, self.datamodule, verbose=False)
         self.untrained = dict(self.trainer.callback_metrics)
         self.started = time.perf_counter()
@@ -103,7 +107,7 @@ def sample(data: CharData, model: CharModel, num_characters: int = 500, seed: in
     generator = torch.Generator().manual_seed(seed)
     num_rows, length = (8, data.window) if data.corpus.by_line else (1, num_characters)
     start = data.encode("\n").expand(num_rows, -1)
-    texts = [data.decode(row) for row in model.cpu().eval().generate(start, length, data.window, generator)]
+    texts = [data.decode(row.tolist()) for row in model.cpu().eval().generate(start, length, data.window, generator)]
     if data.corpus.by_line:
         texts = [text.partition("\n")[0] for text in texts]
     return "\n".join((f"Drawn from the model (seed {seed}):", *texts))

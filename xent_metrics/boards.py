@@ -1,0 +1,165 @@
+"""When a monitor writes to TensorBoard beside its values, and on which rank; what it writes is `tensorboard.py`'s.
+
+Ranks other than the first have no file to write to, but they take part in gathering what is drawn, so everything that
+decides whether they meet is the same on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torchmetrics.utilities.prints import rank_zero_warn
+
+from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
+from xent_metrics.pictures import Decode, Gallery
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from xent_metrics.tensorboard import Dashboard
+
+Part = Literal["layout", "descriptions", "references", "hparams", "pictures", "summary", "overlay"]
+"""A part of what is written to TensorBoard beside the values."""
+
+PARTS: tuple[Part, ...] = ("layout", "descriptions", "references", "hparams", "pictures", "summary")
+"""What is written unless somebody asks for less, or for more."""
+
+
+class Boards:
+    """The dashboards of all TensorBoard loggers of a trainer: one for each on the first rank, none on the others.
+
+    Args:
+        parts: What to write.
+        readings: What there is of each stage.
+        groups: Names of groups.
+        prefix: What stands before all tags.
+    """
+
+    def __init__(self, parts: Iterable[Part], readings: Sequence[str], groups: Sequence[str], prefix: str) -> None:
+        self.parts = frozenset(parts)
+        unknown = sorted(self.parts - set(get_args(Part)))
+        if unknown:
+            raise ValueError(
+                f"`dashboards` must hold some of {list(get_args(Part))}, got {unknown[0]!r}; () switches "
+                "all of them off."
+            )
+        self._rest = (readings, groups, prefix)
+        self._prefix = prefix
+        self._loggers: list[Any] = []
+        self._boards: list[Dashboard] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin another run."""
+        self._references: dict[str, float] | None = None
+        self._num_validations = 0
+        self._last: tuple[Gallery, int] | None = None  # The last validation, if it was not drawn.
+
+    def find(self, loggers: Sequence[Any], writes: bool) -> None:
+        """Look for loggers to write beside.
+
+        Args:
+            loggers: All loggers; those that write for TensorBoard are taken.
+            writes: Whether this rank writes.
+        """
+        # By name, since Lightning's two packages have a class each.
+        self._loggers = [x for x in loggers if any(kind.__name__ == "TensorBoardLogger" for kind in type(x).__mro__)]
+        if not self._loggers or not self.parts or find_spec("tensorboard") is None:
+            self._loggers, self._boards = [], []
+            return
+        from xent_metrics.tensorboard import Dashboard  # noqa: PLC0415  # Nobody without a logger needs it.
+
+        if "pictures" in self.parts and find_spec("matplotlib") is None:
+            rank_zero_warn(
+                "`dashboards` has 'pictures', which need matplotlib: install it, or leave them out.", UserWarning
+            )
+            self.parts -= {"pictures"}
+        known = {id(board.writer): board for board in self._boards}
+        for logger in self._loggers if writes else ():
+            board = Dashboard(logger.experiment, self.parts, *self._rest, logger_prefix=_joined(logger))
+            known.setdefault(id(board.writer), board)
+        writers = {id(logger.experiment) for logger in self._loggers} if writes else set()
+        self._boards = [board for writer, board in known.items() if writer in writers]
+
+    def log_hparams(self, hparams: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """Write the row of this run in the table of hyperparameters, before Lightning writes its own."""
+        if "hparams" in self.parts:
+            for logger in self._loggers:
+                logger._default_hp_metric = False  # A curve of -1, which would be the only column.
+            for board in self._boards:
+                board.log_hparams(hparams, tags)
+
+    def announce(self, values: Mapping[str, float], stage: str, step: int) -> None:
+        """Describe and lay out what is about to be written, and overlay it."""
+        for board in self._boards:
+            board.announce(values)
+            board.overlay(stage, values, step)
+
+    def gallery(self, device: torch.device) -> Gallery | None:
+        """Return what is to gather a validation; None if nobody will look at it."""
+        if not self._loggers or self.parts.isdisjoint({"references", "pictures", "summary"}):
+            return None
+        return Gallery(device, counts_classes="references" in self.parts and self._references is None)
+
+    def show(self, gallery: Gallery, step: int, group: ProcessGroup | None, decode: Decode | None, now: bool) -> None:
+        """Draw a validation, and the lines to compare it with; all ranks take part.
+
+        Pictures are large, so they are drawn of the first, second, fourth, eighth, ... validation, and of the last.
+
+        Args:
+            gallery: What was gathered, its profile over all ranks.
+            step: The step of the validation.
+            group: The ranks that hold different data.
+            decode: See `CrossEntropyMonitor`.
+            now: Draw in any case.
+        """
+        if self._references is None and "references" in self.parts:
+            self._references = _references(gallery, group)
+        for name, value in (self._references or {}).items():
+            for board in self._boards:
+                board.add_reference(f"{self._prefix}val/{name}", value, step)
+        self._num_validations += 1
+        self._last = (gallery, step)
+        if now or self._num_validations & (self._num_validations - 1) == 0:
+            self._draw_last(decode)
+
+    def finish(self, page: Callable[[], str], step: int, decode: Decode | None) -> None:
+        """Draw the last validation, and write a page of what the run has reached."""
+        self._draw_last(decode)
+        for board in self._boards:
+            if "summary" in self.parts:
+                board.add_text("summary", page(), step)
+            board.flush()
+
+    def _draw_last(self, decode: Decode | None) -> None:
+        if self._last is not None:
+            gallery, step = self._last
+            for board in self._boards:
+                board.draw(gallery, self._references or {}, step, decode)
+        self._last = None
+
+
+def _references(gallery: Gallery, group: ProcessGroup | None) -> dict[str, float]:
+    """Return the lines to compare with, the same on all ranks: two small collectives, once a run."""
+    from xent_metrics.tensorboard import UNIFORM, UNIGRAM, unigram_bits  # noqa: PLC0415
+
+    counts = gallery.class_counts
+    if is_distributed():
+        # A rank without data does not know how many classes there are.
+        num_classes = int(max_over_ranks(torch.tensor([len(counts)], device=counts.device), group))
+        padded = counts.new_zeros(num_classes)
+        padded[: len(counts)] = counts
+        counts = sum_over_ranks(padded, group) if num_classes else padded
+    if not counts.any():
+        return {}
+    return {UNIFORM: math.log2(len(counts)), UNIGRAM: unigram_bits(counts)}
+
+
+def _joined(logger: Any) -> str:
+    """Return what a logger puts before each tag."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""
