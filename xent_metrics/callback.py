@@ -348,8 +348,10 @@ class CrossEntropyMonitor(Callback):
         """Read tallies of all ranks, under the tags that they are logged with."""
         whole, by_group = self._exactly(tallies[:1]), self._exactly(tallies[1:])
         values = {name: value for name, [value] in _values(whole).items()}
-        # Two sequences have an interval, also where it is NaN: its curves must have points where their value has one.
-        if bounds and whole[0].totals.sequences > 1:
+        # Two sequences have an interval. Where all losses are infinite or NaN, so is the interval, and its curves still
+        # have points where their value has one.
+        totals = whole[0].totals
+        if bounds and (totals.sequences > 1 or (totals.nonfinite and not self._outputs.reads_means)):
             values |= {name: getattr(whole[0], name) for name in _BOUNDS}
         tagged = {f"{self.prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
         for name, each in _values(by_group).items():

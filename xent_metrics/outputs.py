@@ -83,6 +83,7 @@ class OutputReader:
             "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift),
         }
         self.device = torch.device("cpu")
+        self.reads_means = False
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""
@@ -110,6 +111,7 @@ class OutputReader:
                     group = self._as_group(form["group"], target, options) if self.groups else None
                     return Form(form[kind], target, group, options)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
+                self.reads_means = True
                 return Mean(form["loss"], form["num_tokens"])
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         raise ValueError(

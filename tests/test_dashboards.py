@@ -1,0 +1,481 @@
+"""What TensorBoard shows of a run, asked over its HTTP API and read from the event files."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.data import DataLoader
+
+from tests.browser import serve
+from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
+]
+
+K = 20
+READINGS = ("cross_entropy", "bits_per_token", "perplexity")
+
+
+class Table(LightningModule):
+    """A table of logits whose batches say which group they are of."""
+
+    def __init__(self, lr: float = 0.5, extra: str = "as it is") -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        torch.manual_seed(0)
+        self.table = torch.nn.Embedding(K, K)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+        x, y, group = batch
+        logits = self.table(x)
+        loss = torch.nn.functional.cross_entropy(logits.mT, y)
+        self.log("train/cross_entropy_smoothed", loss)  # What a regular expression without an end would catch.
+        return {"loss": loss, "logits": logits, "target": y, "group": group}
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        x, y, group = batch
+        return {"logits": self.table(x), "target": y, "group": group}
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.hparams["lr"])
+
+
+def samples(num: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Sequences of 6 targets, some of which are padding."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for i in range(num):
+        x, y = torch.randint(0, K // 2, (2, 6), generator=generator)
+        y[6 - i % 3 :] = -100
+        rows.append((x, y, i % 2))
+    return rows
+
+
+def fit(
+    logger: Any, *callbacks: Any, loaders: int = 1, module: LightningModule | None = None, **kwargs: Any
+) -> Trainer:
+    """Fit a table, with as many validation loaders."""
+    settings = {"max_epochs": 3, "log_every_n_steps": 2, "num_sanity_val_steps": 1} | kwargs
+    trainer = Trainer(
+        accelerator="cpu", logger=logger, callbacks=list(callbacks), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **settings,
+    )  # fmt: skip
+    validation = [DataLoader(samples(7, 10 + i), 3) for i in range(loaders)]
+    trainer.fit(module or Table(), DataLoader(samples(20), 4), validation)
+    return trainer
+
+
+@pytest.fixture(scope="module", name="run")
+def _run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
+    """A fit with everything: groups, two loaders, overlays, a layout of the user's own, and a test."""
+    folder = tmp_path_factory.mktemp("dashboards")
+    logger = TensorBoardLogger(folder, name="", version="run")
+    logger.experiment.add_custom_scalars({"Mine": {"rates": ["Multiline", ["^lr$"]]}, "Likelihood": {}})
+    parts = ("layout", "descriptions", "references", "hparams", "pictures", "summary", "overlay")
+    monitor = CrossEntropyMonitor(groups=["web", "code"], dashboards=parts, decode=lambda ids: chr(97 + ids[0]))
+    trainer = fit(logger, monitor, loaders=2, max_epochs=5)
+    trainer.test(trainer.lightning_module, DataLoader(samples(5), 3), verbose=False)
+    return folder, trainer
+
+
+@pytest.fixture(scope="module", name="ask")
+def _ask(run: tuple[Path, Trainer]) -> Any:
+    """Serve the run, and return what asks for an address of TensorBoard's."""
+    with serve(run[0]) as url:
+
+        def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+            data = None if body is None else json.dumps(body).encode()
+            with urlopen(Request(url + path, data, {"Content-Type": "application/json"})) as answer:
+                return json.load(answer)
+
+        yield ask
+
+
+Ask = Callable[..., Any]
+
+
+def charts(layout: dict[str, Any], title: str) -> dict[str, dict[str, Any]]:
+    """Return the charts of a category by their titles."""
+    [category] = [category for category in layout["category"] if category["title"] == title]
+    return {chart["title"]: chart for chart in category["chart"]}
+
+
+def test_the_runs_are_the_fit_and_its_overlays(ask: Ask) -> None:
+    """Overlaid readings have tags of their own in runs of their own, hence a colour of their own."""
+    tags = ask("data/plugin/scalars/tags")
+    assert set(tags) == {"run", "run/train", "run/val", "run/test"}
+    assert set(tags["run/train"]) == set(tags["run/val"]) == set(READINGS)
+    for stage in ("train", "val"):
+        for name in READINGS:
+            overlaid = ask(f"data/plugin/scalars/scalars?run=run/{stage}&tag={name}")
+            original = ask(f"data/plugin/scalars/scalars?run=run&tag={stage}/{name}")
+            assert [point[1:] for point in overlaid] == [point[1:] for point in original]
+
+
+def test_every_chart_of_ours_has_a_description_and_no_point_of_it(ask: Ask) -> None:
+    """A tooltip says what is pooled and left out; it adds nothing at step 0."""
+    tags = ask("data/plugin/scalars/tags")["run"]
+    ours = {tag for tag in tags if re.match(r"(train|val|test)/(?!cross_entropy_smoothed)", tag)}
+    assert {f"val/{name}/code" for name in READINGS} <= ours
+    for tag in tags:
+        assert bool(tags[tag]["description"]) == (tag in ours), tag
+    for tag in ours - {"val/uniform_bits_per_token", "val/unigram_bits_per_token", "val/best_bits_per_token"}:
+        assert "Pooled" in tags[tag]["description"], tag
+        assert "Left out" in tags[tag]["description"], tag
+    assert "group <code>web</code>" in tags["train/perplexity/web"]["description"]
+    assert "loader 1" in tags["val/perplexity/dataloader_idx_1"]["description"]
+    steps = [step for _, step, _ in ask("data/plugin/scalars/scalars?run=run&tag=train/cross_entropy")]
+    assert steps == list(range(1, 25, 2))
+    steps = [step for _, step, _ in ask("data/plugin/scalars/scalars?run=run&tag=val/cross_entropy")]
+    assert steps == [4, 9, 14, 19, 24]
+
+
+def test_the_layout_stands_beside_the_users_own(ask: Ask) -> None:
+    """A category that somebody else laid out is there, and one of our title is ours."""
+    layout = ask("data/plugin/custom_scalars/layout")
+    assert [category["title"] for category in layout["category"]] == ["Mine", "Likelihood"]
+    assert charts(layout, "Mine")["rates"]["multiline"]["tag"] == ["^lr$"]
+    titles = list(charts(layout, "Likelihood"))
+    assert titles[:2] == ["cross_entropy: training, validation", "cross_entropy: validation with its interval"]
+    assert "perplexity: groups in validation" in titles
+    assert "bits_per_token: validation loaders" in titles
+
+
+def test_each_chart_gets_the_tags_that_it_is_meant_for_and_no_other(ask: Ask) -> None:
+    """The sibling that the module logs, bounds, groups and loaders are not in a chart of the whole."""
+    received = {}
+    for title, chart in charts(ask("data/plugin/custom_scalars/layout"), "Likelihood").items():
+        if "multiline" in chart:
+            expressions = "|".join(f"({tag})" for tag in chart["multiline"]["tag"])
+            answer = ask(f"data/plugin/custom_scalars/scalars?run=run&tag={quote(expressions)}")
+            assert answer["regex_valid"]
+            received[title] = set(answer["tag_to_events"])
+    expected = {}
+    for name in READINGS:
+        both = {f"train/{name}", f"val/{name}"}
+        lines = {"val/uniform_bits_per_token", "val/unigram_bits_per_token"} if name == "bits_per_token" else set()
+        expected[f"{name}: training, validation"] = both | lines
+        expected[f"{name}: validation loaders"] = {f"val/{name}/dataloader_idx_{i}" for i in range(2)}
+        expected[f"{name}: groups in validation"] = {f"val/{name}/{group}" for group in ("web", "code")}
+        expected[f"{name}: groups in training"] = {f"train/{name}/{group}" for group in ("web", "code")}
+    assert received == expected
+
+
+def test_bounds_have_points_where_their_value_has_one(ask: Ask) -> None:
+    """A chart with a band shows an error unless its three tags have the same steps."""
+    for chart in charts(ask("data/plugin/custom_scalars/layout"), "Likelihood").values():
+        for series in chart.get("margin", {}).get("series", []):
+            points = {}
+            for part in ("lower", "value", "upper"):
+                answer = ask(f"data/plugin/custom_scalars/scalars?run=run&tag={re.escape(series[part])}%24")
+                points[part] = answer["tag_to_events"][series[part]]
+            steps = [[step for _, step, _ in each] for each in points.values()]
+            assert steps == [[4, 9, 14, 19, 24]] * 3
+            assert all(a[2] < b[2] < c[2] for a, b, c in zip(*points.values(), strict=True))
+
+
+def test_the_table_of_hyperparameters_has_the_runs_own_values(ask: Ask) -> None:
+    """The columns are those of the module and of the validation; there is no `hp_metric`."""
+    experiment = ask("data/plugin/hparams/experiment", {})
+    assert {info["name"] for info in experiment["hparamInfos"]} == {"lr", "extra"}
+    tags = [info["name"]["tag"] for info in experiment["metricInfos"]]
+    assert tags == ["val/best_bits_per_token", *(f"val/{name}" for name in READINGS)]
+    query = {"startIndex": 0, "sliceSize": 10, "colParams": [{"metric": {"tag": tag}} for tag in tags],
+             "allowedStatuses": ["STATUS_SUCCESS", "STATUS_RUNNING", "STATUS_UNKNOWN"]}  # fmt: skip
+    [group] = ask("data/plugin/hparams/session_groups", query)["sessionGroups"]
+    assert group["hparams"] == {"lr": 0.5, "extra": "as it is"}
+    shown = {value["name"]["tag"]: value["value"] for value in group["metricValues"]}
+    points = {tag: ask(f"data/plugin/scalars/scalars?run=run&tag={tag}") for tag in tags}
+    assert shown == {tag: points[tag][-1][2] for tag in tags}
+    assert shown["val/best_bits_per_token"] == min(value for _, _, value in points["val/bits_per_token"])
+    assert "hp_metric" not in ask("data/plugin/scalars/tags")["run"]
+
+
+def test_pictures_are_few_and_say_what_they_are_of(run, ask: Ask) -> None:
+    """The first, second and fourth validation, and the last one."""
+    for tag in ("val/distribution", "val/by_position", "val/surprisal"):
+        pictures = ask(f"data/plugin/images/images?run=run&tag={tag}&sample=0")
+        assert [picture["step"] for picture in pictures] == [4, 9, 19, 24]
+    events = EventAccumulator(str(run[0] / "run"), size_guidance={"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == {"val/distribution", "val/by_position", "val/surprisal"}
+    assert all(len(image.encoded_image_string) < 60_000 for image in events.Images("val/surprisal"))
+
+
+def test_the_page_at_the_end_says_what_was_reached(run, ask: Ask) -> None:
+    """Readings with intervals, how much they are read of, and how the run was set up."""
+    [page] = ask("data/plugin/text/text?run=run&tag=summary/text_summary")
+    last = ask("data/plugin/scalars/scalars?run=run&tag=val/cross_entropy")[-1][2]
+    assert f"<td>{last:.6g}</td>" in page["text"]
+    scored = 5 * sum(int((y != -100).sum()) for _, y, _ in samples(20))
+    ignored = 5 * sum(int((y == -100).sum()) for _, y, _ in samples(20))
+    assert re.search(rf"<td>training</td>\s*<td>{scored}</td>\s*<td>{ignored}</td>\s*<td>0</td>", page["text"])
+    for configured in ("lr", "CrossEntropyMonitor.groups", "precision"):
+        assert f"<code>{configured}</code>" in page["text"]
+
+
+def test_reference_lines_are_a_model_that_knows_nothing_and_one_that_knows_frequencies(ask: Ask) -> None:
+    """`log2 K`, and the entropy of the targets that the validation scores."""
+    targets = [int(y) for seed in (10, 11) for _, row, _ in samples(7, seed) for y in row if y != -100]
+    shares = [targets.count(k) / len(targets) for k in set(targets)]
+    expected = {"uniform": math.log2(K), "unigram": -math.fsum(share * math.log2(share) for share in shares)}
+    for name, bits in expected.items():
+        points = ask(f"data/plugin/scalars/scalars?run=run&tag=val/{name}_bits_per_token")
+        assert [step for _, step, _ in points] == [4, 9, 14, 19, 24]
+        assert [value for _, _, value in points] == pytest.approx([bits] * 5, rel=1e-6)
+
+
+# What is switched off, and what is not there.
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the points of a run."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def kinds(folder: Path) -> dict[str, set[str]]:
+    """Return what there is in a run: images, texts, a layout, descriptions, reference lines, a table."""
+    events = EventAccumulator(str(folder)).Reload()
+    tags = events.Tags()
+    about = {tag: about.summary_description for tag, about in events.summary_metadata.items()}
+    return {
+        "pictures": set(tags["images"]),
+        "summary": {tag for tag in tags["tensors"] if tag.endswith("text_summary")},
+        "layout": {tag for tag in tags["tensors"] if tag.startswith("custom_scalars")},
+        "descriptions": {tag for tag, description in about.items() if description},
+        "references": {tag for tag in tags["scalars"] if "uni" in tag},
+        "hparams": {tag for tag in events.summary_metadata if tag.startswith("_hparams_")},
+        "overlay": {path.name for path in folder.iterdir() if path.is_dir()},
+    }
+
+
+@pytest.mark.parametrize("part", [None, "layout", "descriptions", "references", "hparams", "pictures", "summary",
+                                  "overlay"])  # fmt: skip
+def test_each_part_can_be_had_by_itself(tmp_path, part) -> None:
+    """And nothing with `dashboards=()`, but the values, which are the same."""
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    fit(logger, CrossEntropyMonitor(dashboards=() if part is None else (part,)), module=Plain(), max_epochs=1)
+    found = kinds(tmp_path / "run")
+    assert {name for name, tags in found.items() if tags} == ({part} if part else set())
+    assert {f"train/{name}" for name in READINGS} <= set(scalars(tmp_path / "run"))
+
+
+class Plain(Table):
+    """Saves no hyperparameters and has no groups."""
+
+    def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_by_default_there_is_everything_but_the_overlay(tmp_path) -> None:
+    """One line in a Trainer is enough; Lightning's own `hp_metric` gives way, also if it was not switched off."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=1)
+    found = kinds(tmp_path / "run")
+    assert {name for name, tags in found.items() if tags} == set(found) - {"overlay"}
+    assert "hp_metric" not in scalars(tmp_path / "run")
+
+
+@pytest.mark.parametrize("logger", [False, CSVLogger])
+def test_other_loggers_are_left_alone(tmp_path, logger) -> None:
+    """Nothing is drawn where nobody would see it."""
+    monitor = CrossEntropyMonitor()
+    fit(logger and logger(tmp_path), monitor, max_epochs=1)
+    assert monitor._gallery is None
+    assert not list(tmp_path.rglob("events*"))
+
+
+def test_two_tensorboard_loggers_get_the_same(tmp_path) -> None:
+    """Each has all of it."""
+    loggers = [TensorBoardLogger(tmp_path, name="", version=name) for name in ("one", "other")]
+    fit([*loggers, CSVLogger(tmp_path)], CrossEntropyMonitor(), max_epochs=1)
+    assert kinds(tmp_path / "one") == kinds(tmp_path / "other")
+
+
+def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> None:
+    """Lightning joins it with a hyphen, and charts without it would be empty."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run", prefix="a"), CrossEntropyMonitor(), max_epochs=1)
+    layout = read_layout(tmp_path / "run")
+    expressions = [tag for chart in layout.category[0].chart for tag in chart.multiline.tag]
+    points = scalars(tmp_path / "run")
+    for expression in expressions:
+        assert sum(bool(re.match(expression, tag)) for tag in points) == 1, expression
+    margins = [series.value for chart in layout.category[0].chart for series in chart.margin.series]
+    assert set(margins) <= set(points)
+    assert "a-val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
+    assert kinds(tmp_path / "run")["pictures"] == {"a-val/distribution", "a-val/by_position", "a-val/surprisal"}
+
+
+def test_two_monitors_have_a_category_each(tmp_path) -> None:
+    """The second layout does not replace the first."""
+    monitors = CrossEntropyMonitor(), CrossEntropyMonitor(prefix="other/", shift=True)
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), *monitors, max_epochs=1)
+    layout = read_layout(tmp_path / "run")
+    assert [category.title for category in layout.category] == ["Likelihood", "Likelihood other/"]
+    assert "other/val/surprisal" in kinds(tmp_path / "run")["pictures"]
+    assert "other/val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
+
+
+def test_a_mean_alone_has_no_interval_and_no_chart_of_one(tmp_path) -> None:
+    """A chart of tags that are never written would show an error."""
+    monitor = CrossEntropyMonitor(extract=lambda outputs, batch: {"loss": torch.tensor(2.0), "num_tokens": 3})
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), monitor, max_epochs=1)
+    layout = read_layout(tmp_path / "run")
+    assert not any(chart.HasField("margin") for chart in layout.category[0].chart)
+    assert not kinds(tmp_path / "run")["references"]
+
+
+def test_an_infinite_validation_keeps_value_and_bounds_at_the_same_steps(tmp_path) -> None:
+    """The band is NaN there, and its chart shows no error."""
+
+    class Diverging(Table):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+            outputs = super().validation_step(batch, batch_idx)
+            if self.current_epoch == 1:
+                outputs["logits"] = torch.full_like(outputs["logits"], -torch.inf)
+            return outputs
+
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=Diverging())
+    points = scalars(tmp_path / "run")
+    for name in ("cross_entropy", "perplexity"):
+        steps = [[step for step, _ in points[f"val/{name}{end}"]] for end in ("_lower", "", "_upper")]
+        assert steps == [[4, 9, 14]] * 3
+    assert math.isnan(points["val/cross_entropy"][1][1])
+    assert points["val/best_bits_per_token"][1] == (9, points["val/best_bits_per_token"][0][1])
+
+
+def test_a_validation_alone_is_drawn_and_lays_out_its_charts(tmp_path) -> None:
+    """`trainer.validate` is looked at too, every time."""
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[CrossEntropyMonitor()], enable_progress_bar=False)
+    trainer.validate(Table(), DataLoader(samples(7), 3), verbose=False)
+    found = kinds(tmp_path / "run")
+    assert found["pictures"] == {"val/distribution", "val/by_position", "val/surprisal"}
+    assert found["layout"]
+    assert found["references"]
+
+
+def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp_path) -> None:
+    """A loss does not say how many classes there are."""
+
+    def losses(outputs: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        loss = torch.nn.functional.cross_entropy(outputs["logits"].mT, outputs["target"], reduction="none")
+        return {"losses": loss, "target": outputs["target"]}
+
+    for name, num_classes in (("unknown", None), ("known", K)):
+        monitor = CrossEntropyMonitor(losses, num_classes=num_classes)
+        fit(TensorBoardLogger(tmp_path, name="", version=name), monitor, max_epochs=1)
+    assert not kinds(tmp_path / "unknown")["references"]
+    assert scalars(tmp_path / "known")["val/uniform_bits_per_token"][0][1] == pytest.approx(math.log2(K))
+
+
+def test_a_run_of_ten_thousand_log_points_stays_small(tmp_path) -> None:
+    """What 400 points more cost, times 10,000, with what is written once, is below 5 MB."""
+    sizes = []
+    for epochs in (2, 42):  # 5 log points and a validation an epoch; a long run has fewer validations a point.
+        logger = TensorBoardLogger(tmp_path, name="", version=f"{epochs}")
+        kwargs = {"max_epochs": epochs, "log_every_n_steps": 1, "check_val_every_n_epoch": 2}
+        fit(logger, CrossEntropyMonitor(), module=Silent(), **kwargs)
+        points = scalars(tmp_path / f"{epochs}")
+        assert len(points["train/cross_entropy"]) == 5 * epochs
+        pictures = EventAccumulator(str(tmp_path / f"{epochs}"), size_guidance={"images": 0}).Reload()
+        drawn = sum(
+            len(image.encoded_image_string) for tag in pictures.Tags()["images"] for image in pictures.Images(tag)
+        )
+        sizes.append((sum(path.stat().st_size for path in (tmp_path / f"{epochs}").glob("events*")) - drawn, drawn))
+    (few, _), (many, drawn) = sizes
+    # 21 validations were drawn 6 times; 1,000 validations, one every 10 points, would be 11 times.
+    assert few + 10_000 * (many - few) / 200 + 2 * drawn < 5e6
+
+
+class Silent(Table):
+    """Logs nothing itself."""
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+# Layouts by themselves.
+
+
+def test_the_same_arguments_give_the_same_layout_and_every_tag_is_anchored() -> None:
+    """TensorBoard merges the layouts of runs by comparing them, and matches the beginning of a tag only."""
+    kwargs = {"groups": ("a.b", "c"), "loaders": True, "prefix": "x/"}
+    layout = build_layout(**kwargs)
+    assert layout == build_layout(**kwargs)
+    for chart in layout.category[0].chart:
+        for tag in chart.multiline.tag:
+            assert tag.startswith("^")
+            assert tag.endswith("$")
+    [dots] = {tag for chart in layout.category[0].chart for tag in chart.multiline.tag if "x/val/perplexity/(" in tag}
+    assert re.match(dots, "x/val/perplexity/a.b")
+    assert not re.match(dots, "x/val/perplexity/a-b")
+
+
+def test_layouts_are_merged_by_title_and_the_later_one_wins() -> None:
+    """What is not named in both is kept, in the order in which it came."""
+    first = layout_pb2.Layout(category=[layout_pb2.Category(title="A"), layout_pb2.Category(title="B", closed=True)])
+    second = layout_pb2.Layout(category=[layout_pb2.Category(title="B"), layout_pb2.Category(title="C")])
+    merged = merge_layouts(first, second)
+    assert [(category.title, category.closed) for category in merged.category] == [
+        ("A", False),
+        ("B", False),
+        ("C", False),
+    ]
+
+
+def test_a_layout_is_added_to_what_a_writer_has(tmp_path) -> None:
+    """Without Lightning too."""
+    with torch.utils.tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        assert read_layout(tmp_path) is None
+        writer.add_custom_scalars({"Mine": {"chart": ["Multiline", ["a"]]}})
+        add_layout(writer, build_layout())
+        add_layout(writer, build_layout(intervals=False))
+    layout = read_layout(tmp_path)
+    assert [category.title for category in layout.category] == ["Mine", "Likelihood"]
+    assert layout.category[1] == build_layout(intervals=False).category[0]
+
+
+@pytest.mark.parametrize("tag", ["val/other", "train/cross_entropy_smoothed", "epoch", "val/cross_entropyx", "lr"])
+def test_tags_of_others_are_not_described(tag) -> None:
+    """Nothing is said about what is not ours."""
+    assert describe_tag(tag) is None
+    assert describe_tag("val/cross_entropy", prefix="x/") is None
+
+
+def test_a_part_that_does_not_exist_is_named() -> None:
+    """The error lists what there is."""
+    with pytest.raises(ValueError, match=r"`dashboards` must hold some of .*'layout'.* got 'layuot'"):
+        CrossEntropyMonitor(dashboards=["layuot"])
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
+def test_without_matplotlib_a_warning_says_what_is_missing(tmp_path, monkeypatch) -> None:
+    """Everything else is written."""
+    from xent_metrics import boards  # noqa: PLC0415
+
+    find_spec = boards.find_spec
+    monkeypatch.setattr(boards, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    with pytest.warns(UserWarning, match="`dashboards` has 'pictures', which need matplotlib"):
+        fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=1)
+    found = kinds(tmp_path / "run")
+    assert not found["pictures"]
+    assert found["summary"]

@@ -1,0 +1,197 @@
+"""What a validation's pictures are drawn from, against plain Python, and the files that are drawn."""
+
+import math
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+
+from xent_metrics.losses import TargetLosses
+from xent_metrics.pictures import (
+    BINS_PER_BIT,
+    MAX_BITS,
+    Gallery,
+    Page,
+    Profile,
+    draw_distribution,
+    draw_page,
+    draw_positions,
+    write_page,
+)
+
+LN_2 = math.log(2)
+
+
+def losses_of(bits: list[list[float]], ignored: list[list[bool]] | None = None) -> TargetLosses:
+    """Losses of so many bits."""
+    loss = torch.tensor(bits, dtype=torch.float64) * LN_2
+    nothing = torch.zeros(loss.shape, dtype=torch.bool)
+    return TargetLosses(loss, None, nothing if ignored is None else torch.tensor(ignored), nothing)
+
+
+def random_losses(sequences: int, length: int, seed: int = 0) -> TargetLosses:
+    """Losses of which a fifth is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = torch.empty(sequences, length).exponential_(0.4, generator=generator)
+    ignored = torch.rand(sequences, length, generator=generator) < 0.2
+    return TargetLosses(loss, None, ignored, torch.zeros_like(ignored))
+
+
+def test_shares_are_those_of_the_scored_losses() -> None:
+    """Every bin of a quarter of a bit has as many targets as plain Python counts."""
+    losses = random_losses(30, 17)
+    kept = [x / LN_2 for row, skip in zip(losses.loss.tolist(), losses.ignored.tolist(), strict=True)
+            for x, ignored in zip(row, skip, strict=True) if not ignored]  # fmt: skip
+    expected = [0] * (BINS_PER_BIT * MAX_BITS + 1)
+    for bits in kept:
+        expected[min(int(bits * BINS_PER_BIT), BINS_PER_BIT * MAX_BITS)] += 1
+    shares = Profile.of(losses).shares()
+    assert shares == [count / len(kept) for count in expected]
+    assert sum(shares) == pytest.approx(1)
+
+
+def test_infinite_and_nan_losses_are_in_the_last_bin_and_in_no_mean() -> None:
+    """One target that cannot be drawn does not spoil the picture of the others."""
+    profile = Profile.of(losses_of([[1.0, math.inf], [3.0, math.nan], [2.0, 1000.0]]))
+    assert profile.shares()[-1] == 3 / 6
+    positions, means = profile.by_position()
+    assert positions == [0, 1]
+    assert means == pytest.approx([2.0, 2 * MAX_BITS])  # What is off the scale counts as twice the scale.
+
+
+def test_means_by_position_are_those_of_plain_python() -> None:
+    """Early positions have a bucket each, later ones share one; the mean is over all targets in it."""
+    losses = random_losses(7, 70)
+    positions, means = Profile.of(losses).by_position()
+    assert positions[:16] == list(range(16))
+    assert positions[16:20] == [16.5, 18.5, 20.5, 22.5]
+    assert positions[-1] == 67.5  # 64 to 71, of which six are there.
+    for first, last, mean in ((3, 3, means[3]), (16, 17, means[16]), (32, 35, means[24]), (64, 69, means[-1])):
+        columns = slice(first, last + 1)
+        kept = losses.loss[:, columns][~losses.ignored[:, columns]].double() / LN_2
+        assert mean == pytest.approx(kept.mean().item(), abs=2e-6)
+
+
+def test_far_positions_have_a_bucket() -> None:
+    """A sequence of any length fits; what is beyond the last bucket is in it."""
+    losses = losses_of([[1.0]])
+    long = TargetLosses(*(None if x is None else x.expand(1, 2**20 + 100) for x in losses))
+    positions, means = Profile.of(long).by_position()
+    assert positions == sorted(positions)
+    assert len(positions) == 144
+    assert means == pytest.approx([1.0] * 144, abs=2e-6)
+
+
+def test_profiles_add_up_exactly_in_any_order() -> None:
+    """Batches, loaders and ranks are a sum of integers."""
+    parts = [Profile.of(random_losses(4, 9, seed)) for seed in range(3)]
+    zero = Profile.zero(torch.device("cpu"))
+    one, other = zero + parts[0] + parts[1] + parts[2], parts[2] + (parts[1] + parts[0])
+    assert torch.equal(one.state, other.state)
+    assert one.shares() == other.shares()
+    assert zero.by_position() == ([], [])
+    assert set(zero.shares()) == {0.0}
+
+
+def test_gathering_waits_for_no_device() -> None:
+    """On the meta device whatever depends on data raises."""
+    losses = TargetLosses(*(None if x is None else x.to("meta") for x in random_losses(3, 5)))
+    gallery = Gallery(torch.device("meta"), counts_classes=True)
+    gallery.add(losses, torch.zeros(3, 5, dtype=torch.int64, device="meta"), 11)
+    gallery.leave_out(2)
+    assert gallery.class_counts.shape == (11,)
+
+
+def test_classes_are_counted_where_they_are_scored() -> None:
+    """Padding is no class, whatever its index."""
+    losses = losses_of([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [[False, False, True], [False, True, True]])
+    gallery = Gallery(torch.device("cpu"), counts_classes=True)
+    gallery.add(losses, torch.tensor([[0, 2, -100], [2, -100, 4]]), 5)
+    assert gallery.class_counts.tolist() == [1, 0, 2, 0, 0]
+
+
+def test_the_page_is_the_first_text_and_bounded() -> None:
+    """However much is validated, as much is kept as fits a page."""
+    gallery = Gallery(torch.device("cpu"), counts_classes=False)
+    for start in range(0, 100, 10):
+        ids = torch.arange(start, start + 10).view(2, 5).repeat(1, 200)
+        gallery.add(losses_of([[2.0] * 1000] * 2), ids, None)
+    page = gallery.page(lambda ids: chr(ord("a") + ids[0] % 26))
+    assert page.texts[0][:6] == ["a", "b", "c", "d", "e", "a"]
+    assert page.texts[1][:2] == ["f", "g"]
+    assert 2288 <= sum(map(len, page.texts)) < 4000
+    assert min(map(min, page.bits)) == max(map(max, page.bits)) == pytest.approx(2.0)
+    assert len(gallery.page(None).texts) == len(page.texts)
+
+
+def test_a_page_leaves_out_what_is_not_scored_and_decodes_each_token_once() -> None:
+    """Padding has no text; a token that occurs often is asked for once."""
+    asked: list[list[int]] = []
+
+    def decode(ids: list[int]) -> str:
+        asked.append(ids)
+        return f"<{ids[0]}>"
+
+    page = write_page([[1, 2, 1, -100]], [[LN_2, 2 * LN_2, 0.0, 0.0]], [[True, True, True, False]], decode)
+    assert page == Page([["<1>", "<2>", "<1>"]], [[1.0, 2.0, 0.0]])
+    assert asked == [[1], [2]]
+    assert write_page([[7]], [[0.0]], [[True]], None).texts == [["7 "]]
+
+
+def opened(png: bytes) -> Image.Image:
+    """Read a picture back."""
+    image = Image.open(BytesIO(png))
+    image.load()
+    return image
+
+
+@pytest.mark.parametrize("uniform", [None, 6.69])
+@pytest.mark.parametrize("draw", [draw_distribution, draw_positions])
+@pytest.mark.parametrize("profile", [Profile.zero(torch.device("cpu")), Profile.of(random_losses(30, 200))])
+def test_drawings_are_small_files(draw, profile, uniform) -> None:
+    """Also of nothing, and without a line to compare with."""
+    png = draw(profile, "A title", uniform)
+    assert opened(png).size == (700, 360)
+    assert len(png) < 60_000
+
+
+def test_drawing_does_not_touch_pyplot(monkeypatch) -> None:
+    """Its global state belongs to the user."""
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)  # An import of it then fails.
+    draw_distribution(Profile.of(random_losses(3, 3)), "A title", None)
+    draw_positions(Profile.of(random_losses(3, 3)), "A title", None)
+    draw_page(Page([["a"]], [[1.0]]), "A title", 8.0)
+
+
+def colour_at(image: Image.Image, row: int, column: int) -> tuple[int, ...]:
+    """Return the colour in a corner of a character's cell, where no glyph reaches."""
+    return image.convert("RGB").getpixel((14 + 9 * column + 7, 74 + 19 * row + 1))
+
+
+def test_the_page_is_darker_where_a_token_cost_more() -> None:
+    """Every character has its token's colour: white at 0, darkest at the end of the scale and beyond."""
+    page = Page([["ab", "c", "d", "e"]], [[0.0, 4.0, 8.0, 99.0]])
+    image = opened(draw_page(page, "A title", most=8.0))
+    colours = [sum(colour_at(image, 0, column)) for column in range(5)]
+    assert colours[0] == colours[1] == 3 * 255
+    assert colours[0] > colours[2] > colours[3] == colours[4]
+
+
+def test_the_page_breaks_lines_where_the_text_does_and_where_it_is_full() -> None:
+    """A newline is shown, and ends the line; a long line goes on in the next; a sequence does not begin one."""
+    image = opened(draw_page(Page([["x", "\n"], ["y" * 100], ["z"]], [[8.0, 8.0], [8.0], [8.0]]), "A title", most=8.0))
+    dark = colour_at(image, 0, 0)
+    assert colour_at(image, 0, 1) == dark  # The newline
+    assert colour_at(image, 0, 2) == (255, 255, 255)
+    assert colour_at(image, 1, 87) == dark
+    assert colour_at(image, 2, 12) == dark  # 88 of the 100, then 12, then the next sequence
+    assert colour_at(image, 2, 13) == (255, 255, 255)
+    assert image.height == 74 + 3 * 19 + 14
+
+
+def test_the_page_has_a_largest_size_and_draws_what_its_font_lacks() -> None:
+    """A text without end, and characters that the font does not have, are no trouble."""
+    png = draw_page(Page([["𓀀", "字", "\x07", *"word " * 5000]], [[1.0] * 25_003]), "A title", 8.0)
+    assert opened(png).size == (820, 74 + 26 * 19 + 14)
+    assert len(png) < 60_000
