@@ -1,22 +1,17 @@
 """The example: its text, its model, its configurations, and the numbers that it prints."""
 
 import hashlib
-import json
 import math
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.request import urlopen
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.browser import fetch, serve
 from xent_metrics import CrossEntropy
 
 ROOT = Path(__file__).parents[1]
@@ -33,29 +28,6 @@ def run_cli(tmp_path: Path, *arguments: str, check: bool = True) -> subprocess.C
     """Run the script as a user would, from another folder."""
     command = [sys.executable, str(EXAMPLE / "main.py"), "fit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=check, cwd=tmp_path)
-
-
-@contextmanager
-def serve(logdir: Path) -> Iterator[str]:
-    """Serve event files with TensorBoard, on a free port of its choice."""
-    options = ["--logdir", str(logdir), "--port", "0", "--load_fast", "false"]
-    command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", *options]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr
-        try:
-            yield next(match[0] for line in server.stderr if (match := re.search(r"http://\S+:\d+/", line)))
-        finally:
-            server.terminate()
-
-
-def fetch(url: str) -> Any:
-    """Ask TensorBoard, until it has read the files."""
-    for _ in range(100):
-        with urlopen(url) as answer:
-            if found := json.load(answer):
-                return found
-        time.sleep(0.2)
-    raise TimeoutError(f"TensorBoard has nothing at {url}")
 
 
 def config(name: str) -> str:
