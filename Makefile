@@ -1,6 +1,7 @@
 # Each verb sets up its own environment in .venv; all it needs is Python 3.10 or newer with venv.
 PYTHON ?= python3
 DEMO ?= examples/char_lm/main.py fit --config configs/char_lm.yaml
+DASHBOARDS ?= runs/dashboards
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -12,13 +13,16 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format clean
+.PHONY: help demo dashboards test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train the character-level language model
 	$(BIN)/python $(DEMO)
+
+dashboards: $(READY)  ## train a few steps and look at the dashboards in a real browser (needs Chromium)
+	$(BIN)/python -m tests.dashboards $(DASHBOARDS)
 
 test: $(READY)  ## run all tests and doctests (PYTEST_ARGS='-k tally -n 4' passes options on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

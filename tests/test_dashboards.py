@@ -123,6 +123,7 @@ def test_the_runs_are_the_fit_and_its_overlays(ask: Ask) -> None:
     assert set(tags["run/train"]) == set(tags["run/val"]) == set(READINGS)
     for stage in ("train", "val"):
         for name in READINGS:
+            assert tags[f"run/{stage}"][name]["description"] == tags["run"][f"{stage}/{name}"]["description"] != ""
             overlaid = ask(f"data/plugin/scalars/scalars?run=run/{stage}&tag={name}")
             original = ask(f"data/plugin/scalars/scalars?run=run&tag={stage}/{name}")
             assert [point[1:] for point in overlaid] == [point[1:] for point in original]
@@ -159,21 +160,23 @@ def test_the_layout_stands_beside_the_users_own(ask: Ask) -> None:
 
 def test_each_chart_gets_the_tags_that_it_is_meant_for_and_no_other(ask: Ask) -> None:
     """The sibling that the module logs, bounds, groups and loaders are not in a chart of the whole."""
-    received = {}
+    received: dict[str, set[str]] = {}
     for title, chart in charts(ask("data/plugin/custom_scalars/layout"), "Likelihood").items():
         if "multiline" in chart:
             expressions = "|".join(f"({tag})" for tag in chart["multiline"]["tag"])
-            answer = ask(f"data/plugin/custom_scalars/scalars?run=run&tag={quote(expressions)}")
-            assert answer["regex_valid"]
-            received[title] = set(answer["tag_to_events"])
+            for run in ("run", "run/train", "run/val"):
+                answer = ask(f"data/plugin/custom_scalars/scalars?run={run}&tag={quote(expressions)}")
+                assert answer["regex_valid"]
+                tags = {run.removeprefix("run") + "/" + tag for tag in answer["tag_to_events"]}
+                received[title] = received.get(title, set()) | tags
     expected = {}
     for name in READINGS:
-        both = {f"train/{name}", f"val/{name}"}
-        lines = {"val/uniform_bits_per_token", "val/unigram_bits_per_token"} if name == "bits_per_token" else set()
+        both = {f"/train/{name}", f"/val/{name}"}
+        lines = {"/val/uniform_bits_per_token", "/val/unigram_bits_per_token"} if name == "bits_per_token" else set()
         expected[f"{name}: training, validation"] = both | lines
-        expected[f"{name}: validation loaders"] = {f"val/{name}/dataloader_idx_{i}" for i in range(2)}
-        expected[f"{name}: groups in validation"] = {f"val/{name}/{group}" for group in ("web", "code")}
-        expected[f"{name}: groups in training"] = {f"train/{name}/{group}" for group in ("web", "code")}
+        expected[f"{name}: validation loaders"] = {f"/val/{name}/dataloader_idx_{i}" for i in range(2)}
+        expected[f"{name}: groups in validation"] = {f"/val/{name}/{group}" for group in ("web", "code")}
+        expected[f"{name}: groups in training"] = {f"/train/{name}/{group}" for group in ("web", "code")}
     assert received == expected
 
 

@@ -58,6 +58,7 @@ def build_layout(
     groups: Sequence[str] = (),
     loaders: bool = False,
     intervals: bool = True,
+    overlay: bool = False,
     prefix: str = "",
 ) -> layout_pb2.Layout:
     """Return the charts of the Custom Scalars tab, the same for the same arguments.
@@ -67,6 +68,8 @@ def build_layout(
         groups: Names of groups, for a chart of all of them.
         loaders: Whether there are several validation loaders, for a chart of all of them.
         intervals: Whether a validation has an interval. Without one, its chart would show an error.
+        overlay: Whether training and validation are also runs of their own, which gives their lines two colours: all
+            lines of one run have one colour, and differ by the marks of their points.
         prefix: What stands before all tags.
 
     Returns:
@@ -75,7 +78,7 @@ def build_layout(
     title = f"Likelihood {prefix}".strip()
     category = layout_pb2.Category(title=title)
     for name in readings:
-        lines = [f"train/{name}", f"val/{name}"]
+        lines = [name] if overlay else [f"train/{name}", f"val/{name}"]
         if name == "bits_per_token":
             lines += [f"val/{UNIFORM}", f"val/{UNIGRAM}"]
         _add_lines(category, f"{name}: training, validation", (re.escape(prefix + line) for line in lines))
@@ -190,16 +193,9 @@ class Dashboard:
         self._announced.update(new)
         if "descriptions" in self.parts:
             for tag in new:
-                self._describe(self._logger_prefix + tag, describe_tag(tag, self._prefix))
+                _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix))
         if "layout" in self.parts:
             self._lay_out()
-
-    def _describe(self, tag: str, description: str | None) -> None:
-        """Write the description of a scalar, and no point."""
-        if description is not None:
-            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-            about = SummaryMetadata(summary_description=description, plugin_data=plugin)
-            self._add(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
 
     def _lay_out(self) -> None:
         """Write the layout if it has changed, with what somebody else laid out in this run."""
@@ -208,6 +204,7 @@ class Dashboard:
             groups=self._groups,
             loaders=any("/dataloader_idx_" in tag for tag in self._announced),
             intervals=f"{self._prefix}val/cross_entropy_lower" in self._announced,
+            overlay="overlay" in self.parts,
             prefix=self._logger_prefix + self._prefix,
         )
         if layout != self._layout:
@@ -264,12 +261,13 @@ class Dashboard:
         """Write the readings of a stage once more, in a run of its own under the same tags, hence in its own colour."""
         if "overlay" not in self.parts:
             return
+        tags = {f"{self._prefix}{stage}/{name}": self._logger_prefix + self._prefix + name for name in self._readings}
         if stage not in self._overlaid:
             self._overlaid[stage] = SummaryWriter(str(Path(self.writer.log_dir) / stage))
-        for name in self._readings:
-            tag = f"{self._prefix}{stage}/{name}"
-            if tag in values:
-                self._overlaid[stage].add_scalar(self._logger_prefix + self._prefix + name, values[tag], step)
+            for tag, overlaid in tags.items() if "descriptions" in self.parts else ():
+                _describe(self._overlaid[stage], overlaid, describe_tag(tag, self._prefix))
+        for tag in tags.keys() & values.keys():
+            self._overlaid[stage].add_scalar(tags[tag], values[tag], step)
 
     def flush(self) -> None:
         """Let TensorBoard see what was written."""
@@ -278,6 +276,14 @@ class Dashboard:
 
     def _add(self, summary: Any, step: int | None) -> None:
         self.writer._get_file_writer().add_summary(summary, step)
+
+
+def _describe(writer: SummaryWriter, tag: str, description: str | None) -> None:
+    """Write the description of a scalar, and no point."""
+    if description is not None:
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        about = SummaryMetadata(summary_description=description, plugin_data=plugin)
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
 
 
 def read_layout(log_dir: str | Path) -> layout_pb2.Layout | None:
