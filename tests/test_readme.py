@@ -14,16 +14,20 @@ from xent_metrics import functional
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-LIGHTNING = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lightning.md").read_text(), flags=re.DOTALL)
+DOCS = [
+    block
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+]
 
 
 @pytest.mark.filterwarnings("ignore:.*sequence is treated as leaf.*")
-@pytest.mark.parametrize("block", [*BLOCKS, *LIGHTNING], ids=lambda block: re.sub(r"\W+", " ", block)[-30:])
+@pytest.mark.parametrize("block", [*BLOCKS, *DOCS], ids=lambda block: re.sub(r"\W+", " ", block)[-30:])
 def test_every_block_runs_as_written(block, tmp_path, monkeypatch, capsys) -> None:
     """Each Python block is a program of its own that prints or logs something."""
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "a block", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out.strip() or list(tmp_path.glob("lightning_logs/*/events.*"))
+    assert capsys.readouterr().out.strip() or list(tmp_path.glob("lightning_logs/**/events.*"))
 
 
 def test_there_are_two_quick_starts_of_the_promised_length() -> None:

@@ -57,7 +57,9 @@ class Boards:
         """Begin another run."""
         self._references: dict[str, float] | None = None
         self._num_validations = 0
-        self._last: tuple[Gallery, int] | None = None  # The last validation, if it was not drawn.
+        self._num_windows = 0
+        self._referred_at = -1
+        self._last: tuple[Gallery, str, int] | None = None  # The last validation, if it was not drawn.
 
     def find(self, loggers: Sequence[Any], writes: bool) -> None:
         """Look for loggers to write beside.
@@ -94,10 +96,23 @@ class Boards:
                 board.log_hparams(hparams, tags)
 
     def announce(self, values: Mapping[str, float], stage: str, step: int) -> None:
-        """Describe and lay out what is about to be written, and overlay it."""
+        """Describe and lay out what is about to be written, overlay it, and go on with the lines to compare it with."""
         for board in self._boards:
             board.announce(values)
             board.overlay(stage, values, step)
+        if stage == "train":
+            # A chart leaves out what fewer than a twentieth of its points reach, and validations are few.
+            self._num_windows += 1
+            if self._num_windows % 8 == 0:
+                self._refer(step)
+
+    def _refer(self, step: int) -> None:
+        """Write a point of each line to compare with, as far as they are known."""
+        if step > self._referred_at:  # A validation may come at the step of a window.
+            self._referred_at = step
+            for name, value in (self._references or {}).items():
+                for board in self._boards:
+                    board.add_reference(f"{self._prefix}val/{name}", value, step)
 
     def gallery(self, device: torch.device) -> Gallery | None:
         """Return what is to gather a validation; None if nobody will look at it."""
@@ -105,13 +120,16 @@ class Boards:
             return None
         return Gallery(device, counts_classes="references" in self.parts and self._references is None)
 
-    def show(self, gallery: Gallery, step: int, group: ProcessGroup | None, decode: Decode | None, now: bool) -> None:
+    def show(
+        self, gallery: Gallery, caption: str, step: int, group: ProcessGroup | None, decode: Decode | None, now: bool
+    ) -> None:
         """Draw a validation, and the lines to compare it with; all ranks take part.
 
         Pictures are large, so they are drawn of the first, second, fourth, eighth, ... validation, and of the last.
 
         Args:
             gallery: What was gathered, its profile over all ranks.
+            caption: What the validation has reached, in words.
             step: The step of the validation.
             group: The ranks that hold different data.
             decode: See `CrossEntropyMonitor`.
@@ -119,11 +137,9 @@ class Boards:
         """
         if self._references is None and "references" in self.parts:
             self._references = _references(gallery, group)
-        for name, value in (self._references or {}).items():
-            for board in self._boards:
-                board.add_reference(f"{self._prefix}val/{name}", value, step)
+        self._refer(step)
         self._num_validations += 1
-        self._last = (gallery, step)
+        self._last = (gallery, f"{caption}, step {step}", step)
         if now or self._num_validations & (self._num_validations - 1) == 0:
             self._draw_last(decode)
 
@@ -137,9 +153,9 @@ class Boards:
 
     def _draw_last(self, decode: Decode | None) -> None:
         if self._last is not None:
-            gallery, step = self._last
+            gallery, caption, step = self._last
             for board in self._boards:
-                board.draw(gallery, self._references or {}, step, decode)
+                board.draw(gallery, caption, self._references or {}, step, decode)
         self._last = None
 
 

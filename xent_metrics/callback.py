@@ -289,7 +289,8 @@ class CrossEntropyMonitor(Callback):
         self._log_epoch(trainer, pl_module, values, "val")
         if self._gallery is not None:
             alone = trainer.state.fn == "validate"
-            self._boards.show(self._gallery, _step(trainer), self._group, self.decode, now=alone)
+            caption = self._caption(values)
+            self._boards.show(self._gallery, caption, _step(trainer), self._group, self.decode, now=alone)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write what the run has reached."""
@@ -409,6 +410,13 @@ class CrossEntropyMonitor(Callback):
             self._reached |= values
         if not trainer.barebones:  # It would warn about every name.
             pl_module.log_dict(_as_tensors(values), batch_size=1, add_dataloader_idx=False)
+
+    def _caption(self, values: dict[str, float]) -> str:
+        """Say what a validation has reached, and how sure that is."""
+        tag = f"{self.prefix}val/cross_entropy"
+        bits, lower, upper = (values.get(f"{tag}{end}", math.nan) / math.log(2) for end in ("", "_lower", "_upper"))
+        interval = "" if math.isnan(lower) else f" ({100 * self.confidence:g} % interval {lower:.3f} to {upper:.3f})"
+        return f"{bits:.3f} bits a target{interval}"
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return a page on what the run has reached; only called where TensorBoard is."""

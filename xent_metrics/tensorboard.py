@@ -225,27 +225,29 @@ class Dashboard:
             self.announce([tag])
             self.writer.add_scalar(self._logger_prefix + tag, value, step)
 
-    def draw(self, gallery: Gallery, references: Mapping[str, float], step: int, decode: Decode | None) -> None:
+    def draw(
+        self, gallery: Gallery, caption: str, references: Mapping[str, float], step: int, decode: Decode | None
+    ) -> None:
         """Draw the pictures of a validation.
 
         Args:
             gallery: What was gathered of it; the profile of all ranks together.
+            caption: What it has reached, in words.
             references: The lines to compare with, under their names.
             step: When that was.
             decode: See `CrossEntropyMonitor`.
         """
         if "pictures" not in self.parts:
             return
-        uniform, at = references.get(UNIFORM), f"validation at step {step}"
+        uniform = references.get(UNIFORM)
         for tag, draw, words in (
-            ("distribution", draw_distribution, "How much single targets cost"),
-            ("by_position", draw_positions, "What targets cost by their position"),
+            ("distribution", draw_distribution, "Losses"),
+            ("by_position", draw_positions, "By position"),
         ):
-            self._add_picture(f"{self._prefix}val/{tag}", draw(gallery.profile, f"{words}, {at}", uniform), step)
+            self._add_picture(f"{self._prefix}val/{tag}", draw(gallery.profile, f"{words}: {caption}", uniform), step)
         page = gallery.page(decode)
         if any(page.texts):
-            what = "token" if decode is None else "character or token"
-            png = draw_page(page, f"What each {what} cost, {at}", min(uniform or 8.0, 10.0))
+            png = draw_page(page, f"What each cost: {caption}", min(uniform or 8.0, 10.0))
             self._add_picture(f"{self._prefix}val/surprisal", png, step)
 
     def _add_picture(self, tag: str, png: bytes, step: int) -> None:

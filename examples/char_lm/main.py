@@ -119,7 +119,11 @@ def tensorboard_command(trainer: Trainer) -> str:
         return "The curves: not in TensorBoard, as the trainer has no TensorBoardLogger"
     beside_python = Path(sys.executable).with_name("tensorboard")
     command = os.path.relpath(beside_python) if beside_python.exists() else "tensorboard"
-    return f"The curves: {command} --logdir {os.path.relpath(trainer.logger.save_dir)}"
+    # Without smoothing: every value is of many targets already, and a smoothed validation is late.
+    return (
+        f"The curves: {command} --logdir {os.path.relpath(trainer.logger.save_dir)}\n"
+        "then open   http://localhost:6006/#custom_scalars&_smoothingWeight=0"
+    )
 
 
 def main() -> None:
