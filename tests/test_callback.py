@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -130,21 +130,6 @@ def assert_logged(
         assert [value for _, value in actual] == pytest.approx([read(h) for _, h in expected], rel=1e-5)
 
 
-@pytest.mark.parametrize("form", ["losses", "logits", "labels", "mean"])
-def test_every_form_logs_pooled_readings_in_every_stage(tmp_path, form) -> None:
-    """Train windows, epochs, validation and test equal all nats over all tokens, at Lightning's own steps."""
-    module, trainer = Bigram(form), make_trainer(tmp_path, CrossEntropyMonitor())
-    trainer.fit(module, loader(NUM_TRAIN), loader(NUM_VAL))
-    tested = trainer.test(module, loader(5), verbose=False)[0]
-    points, train, val = logged(trainer), module.seen["train"], module.seen["val"]
-    windows = [train[start : start + 3] for start in range(0, 18, 3)]
-    assert_logged(points, "train", [(2 + 3 * i, pooled(window)) for i, window in enumerate(windows)])
-    assert_logged(points, "train", [(9, pooled(train[:10])), (19, pooled(train[10:]))], suffix="_epoch")
-    assert_logged(points, "val", [(9, pooled(val[:4])), (19, pooled(val[4:]))])
-    assert_logged(points, "test", [(20, pooled(module.seen["test"]))])
-    assert tested["test/cross_entropy"] == pytest.approx(pooled(module.seen["test"]), rel=1e-6)
-
-
 def test_labels_of_hugging_face_models_are_shifted_on_demand(tmp_path) -> None:
     """Logits and labels of one length: position t scores label t + 1; losses have been aligned and are not shifted."""
     x, y = ragged_batches(1)[0]
@@ -158,19 +143,6 @@ def test_labels_of_hugging_face_models_are_shifted_on_demand(tmp_path) -> None:
     ):
         totals = monitor._tally("validation_step", outputs, None)[0].totals()
         assert totals.loss / totals.weight == pytest.approx(expected.item(), rel=1e-6)
-
-
-@pytest.mark.parametrize("form", ["losses", "logits", "mean"])
-def test_accumulated_gradients_do_not_bend_the_readings(tmp_path, form) -> None:
-    """Lightning divides the loss by the number of accumulated batches; the window covers all of them."""
-    module = Bigram(form)
-    trainer = make_trainer(
-        tmp_path, CrossEntropyMonitor(), accumulate_grad_batches=4, log_every_n_steps=1, max_epochs=1
-    )
-    trainer.fit(module, loader(NUM_TRAIN))
-    seen = module.seen["train"]
-    expected = [(0, pooled(seen[:4])), (1, pooled(seen[4:8])), (2, pooled(seen[8:]))]
-    assert_logged(logged(trainer), "train", expected)
 
 
 @pytest.mark.parametrize("form", ["losses", "mean"])
@@ -190,19 +162,6 @@ def test_a_window_goes_on_over_the_end_of_an_epoch(tmp_path) -> None:
     seen = module.seen["train"]
     assert_logged(logged(trainer), "train", [(6, pooled(seen[:7])), (13, pooled(seen[7:14]))])
     assert_logged(logged(trainer), "train", [(9, pooled(seen[:10])), (19, pooled(seen[10:]))], suffix="_epoch")
-
-
-def test_validation_has_an_interval_that_covers_the_value_and_means_have_none(tmp_path) -> None:
-    """Sequences give an interval; a mean loss does not say which tokens belong together."""
-    with_sequences = make_trainer(tmp_path / "losses", CrossEntropyMonitor())
-    with_sequences.fit(Bigram("losses"), loader(NUM_TRAIN), loader(NUM_VAL))
-    points = logged(with_sequences)
-    for name in ("cross_entropy", "perplexity"):
-        tags = [points[f"val/{name}{suffix}"] for suffix in ("_lower", "", "_upper")]
-        assert all(lower < value < upper for (_, lower), (_, value), (_, upper) in zip(*tags, strict=True))
-    without = make_trainer(tmp_path / "mean", CrossEntropyMonitor())
-    without.fit(Bigram("mean"), loader(NUM_TRAIN), loader(NUM_VAL))
-    assert not any("lower" in tag for tag in logged(without))
 
 
 def test_extract_adapts_any_step(tmp_path) -> None:
@@ -267,15 +226,6 @@ def test_the_callback_keeps_no_graph(tmp_path) -> None:
     assert not any(tally.state.requires_grad for tally in monitor._epoch)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_low_precision_does_not_touch_the_tallies(tmp_path, precision) -> None:
-    """`bf16-true` casts modules; the sums stay integers, and the value is that of the low-precision logits."""
-    module = Bigram("logits")
-    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), max_epochs=1, precision=precision)
-    trainer.fit(module, loader(NUM_TRAIN), loader(NUM_VAL))
-    assert_logged(logged(trainer), "val", [(9, pooled(module.seen["val"]))])
-
-
 @pytest.mark.parametrize(
     "kwargs", [{"fast_dev_run": True}, {"logger": False}, {"limit_val_batches": 0}, {"barebones": True}]
 )
@@ -286,17 +236,6 @@ def test_trainers_without_the_usual_parts_work(tmp_path, kwargs) -> None:
     else:
         trainer = make_trainer(tmp_path, CrossEntropyMonitor(), **kwargs)
     trainer.fit(Bigram(), loader(NUM_TRAIN), loader(NUM_VAL))
-
-
-def test_other_loggers_get_the_values_too(tmp_path) -> None:
-    """Everything goes through Lightning's own logging."""
-    module = Bigram()
-    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), logger=CSVLogger(tmp_path, version=0), max_epochs=1)
-    trainer.fit(module, loader(NUM_TRAIN), loader(NUM_VAL))
-    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
-    column = rows[0].split(",").index("val/cross_entropy")
-    values = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
-    assert values == pytest.approx([pooled(module.seen["val"])], rel=1e-6)
 
 
 def test_it_serves_both_packages() -> None:
