@@ -108,7 +108,8 @@ class Model(LightningModule):
         """Return a form, and keep what was scored by loader."""
         outputs, scored = self.step(stage, batch, batch_idx)
         if self.trainer.sanity_checking:
-            return {name: 0 * value if value.is_floating_point() else value for name, value in outputs.items()}
+            floating = {name: 0 * x for name, x in outputs.items() if isinstance(x, Tensor) and x.is_floating_point()}
+            return outputs | floating
         if (batch_idx, dataloader_idx) == (0, 0):
             self.evaluations.append({})
         self.evaluations[-1].setdefault(dataloader_idx, []).append(scored)
