@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,8 +46,8 @@ def ragged_loader(num: int, seed: int = 0) -> DataLoader:
     return DataLoader(ragged_batches(num, seed), batch_size=None)
 
 
-class Model(LightningModule):
-    """Returns one of the forms, and keeps the losses of the logits that it produced.
+class Steps:
+    """Steps that return one of the forms, and keep the losses of the logits that they produced.
 
     Args:
         form: What the steps return.
@@ -118,6 +118,32 @@ class Model(LightningModule):
     def configure_optimizers(self) -> Any:
         """Move fast enough for every batch to read something else."""
         return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class Model(Steps, LightningModule):
+    """The steps as a module of `lightning.pytorch`."""
+
+
+class Data(LightningDataModule):
+    """The same batches for a command line."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Return `NUM_TRAIN` batches."""
+        return ragged_loader(NUM_TRAIN, seed=1)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return 3 batches."""
+        return ragged_loader(3, seed=2)
+
+
+def second_head(outputs: dict[str, Any], batch: Batch) -> dict[str, Any]:
+    """Find the losses of a second head, and take the targets from the batch."""
+    return {"losses": outputs["second"], "target": batch[1]}
+
+
+def with_all(stage: str, outputs: dict[str, Any], batch: Batch, batch_idx: int) -> dict[str, Any]:
+    """Add a second head, whose losses are three times those of the first, and the name of a group."""
+    return outputs | {"second": 3 * outputs["losses"], "group": ("even", "odd")[batch_idx % 2]}
 
 
 def make_trainer(tmp_path: Path, *callbacks: Any, **kwargs: Any) -> Trainer:

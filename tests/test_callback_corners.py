@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import itertools
 import json
 import math
 import re
 import warnings
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,12 @@ import pytest
 import pytorch_lightning
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     WeightAveraging,
@@ -32,22 +38,24 @@ from tests.conftest import Operators
 from tests.fits import (
     IGNORED,
     NUM_TRAIN,
+    Data,
     Expected,
     K,
     Model,
     Scored,
+    Steps,
     assert_points,
     make_trainer,
     points_of_csv,
     points_of_events,
-    pool,
     ragged_batches,
     ragged_loader,
     readings,
     readings_of,
+    second_head,
+    with_all,
 )
 from xent_metrics.callback import CrossEntropyMonitor
-from xent_metrics.tally import Tally
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
@@ -214,6 +222,27 @@ def test_a_validation_between_optimizer_steps_changes_no_window(tmp_path) -> Non
     trainer.fit(module, ragged_loader(8), ragged_loader(3, seed=2))
     expected = Expected().windows(module.train_batches, (4, 1), (8, 3)).epochs(module.train_batches, (8, 3))
     assert_points(logged(trainer), expected.validations(module.evaluations, 1, 2).points)
+
+
+def test_validations_are_counted_over_epochs_on_demand(tmp_path) -> None:
+    """Every fifth batch of all epochs together, as for data sets without a length."""
+    module = Model()
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), val_check_interval=5, check_val_every_n_epoch=None)
+    trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3, seed=2))
+    batches = module.train_batches
+    expected = Expected().windows(batches, *((end, end - 1) for end in range(2, 15, 2)))
+    expected.epochs(batches, (7, 6), (14, 13)).validations(module.evaluations, 4, 9)
+    assert_points(logged(trainer), expected.points)
+
+
+def test_accumulation_may_change_between_epochs(tmp_path) -> None:
+    """The loss is multiplied by what Lightning divided it by then."""
+    module = Model("mean")
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), GradientAccumulationScheduler({1: 3}), log_every_n_steps=1)
+    trainer.fit(module, ragged_loader(NUM_TRAIN))
+    batches = module.train_batches
+    ends = [*((end, end - 1) for end in range(1, 8)), (10, 7), (13, 8), (14, 9)]
+    assert_points(logged(trainer), Expected().windows(batches, *ends).epochs(batches, (7, 6), (14, 9)).points)
 
 
 def test_overfitting_batches_reads_those_only(tmp_path) -> None:
@@ -414,16 +443,6 @@ def test_another_fit_begins_with_no_best(tmp_path) -> None:
 # Other callbacks, and other instances.
 
 
-def two_heads(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
-    """Return the losses of two heads, of which the second's are three times those of the first."""
-    return outputs | {"second": 3 * outputs["losses"]}
-
-
-def second_head(outputs: dict[str, Any], batch: Any) -> dict[str, Any]:
-    """Find the losses of the second head."""
-    return {"losses": outputs["second"], "target": batch[1]}
-
-
 def scaled(batches: list[Scored], factor: float) -> list[Scored]:
     """Return what reads so many times as much."""
     return [(factor * wide, y) for wide, y in batches]
@@ -431,7 +450,7 @@ def scaled(batches: list[Scored], factor: float) -> list[Scored]:
 
 def test_two_monitors_read_two_heads(tmp_path) -> None:
     """Each has its prefix, its `extract` and its own state."""
-    module, monitors = Model(adapt=two_heads), [CrossEntropyMonitor(), CrossEntropyMonitor(second_head, prefix="b/")]
+    module, monitors = Model(adapt=with_all), [CrossEntropyMonitor(), CrossEntropyMonitor(second_head, prefix="b/")]
     trainer = make_trainer(tmp_path, *monitors, max_epochs=1)
     trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
     expected = Expected()
@@ -445,7 +464,7 @@ def test_two_monitors_read_two_heads(tmp_path) -> None:
     trainer.save_checkpoint(tmp_path / "both.ckpt")
     again = [CrossEntropyMonitor(second_head, prefix="b/"), CrossEntropyMonitor()]
     trainer = make_trainer(tmp_path / "again", *again, max_epochs=1)
-    trainer.fit(Model(adapt=two_heads), ragged_loader(NUM_TRAIN), ragged_loader(3), ckpt_path=tmp_path / "both.ckpt")
+    trainer.fit(Model(adapt=with_all), ragged_loader(NUM_TRAIN), ragged_loader(3), ckpt_path=tmp_path / "both.ckpt")
     assert again[0].state_dict()["best"] == pytest.approx(3 * again[1].state_dict()["best"])
 
 
@@ -454,10 +473,10 @@ def test_two_monitors_of_one_prefix_are_refused(tmp_path) -> None:
     trainer = make_trainer(
         tmp_path, CrossEntropyMonitor(prefix="a/"), CrossEntropyMonitor(second_head, shift=True, prefix="a/")
     )
-    with pytest.raises(ValueError, match="`prefix` must be another for each CrossEntropyMonitor.* 'a/' twice"):
+    with pytest.raises(ValueError, match=r"`prefix` must be another for each CrossEntropyMonitor.* 'a/' twice"):
         trainer.fit(Model(), ragged_loader(NUM_TRAIN))
     # Lightning is faster where all that tells their states apart is the same.
-    with pytest.raises(RuntimeError, match="`callback.state_key` must be unique"):
+    with pytest.raises(RuntimeError, match=r"`callback\.state_key` must be unique"):
         make_trainer(tmp_path, CrossEntropyMonitor(), CrossEntropyMonitor(second_head))
 
 
@@ -632,6 +651,18 @@ def test_what_has_no_target_reads_nan(tmp_path) -> None:
     assert_points(logged(trainer), expected.points)
 
 
+def test_a_mean_of_no_targets_counts_for_nothing(tmp_path) -> None:
+    """It is 0 / 0, and so NaN, of 0 tokens."""
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": torch.tensor(math.nan), "num_tokens": 0} if (stage, batch_idx) == ("val", 1) else outputs
+
+    module, trainer = Model("mean", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    [first, _, third] = module.evaluations[0][0]
+    assert monitored(trainer) == pytest.approx(tagged("val", readings([first, third])), rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
 def test_an_empty_loader_of_several_reads_nan(tmp_path) -> None:
     """Its tags are there, like those of the others, so that a curve has a gap and not an end."""
@@ -666,7 +697,7 @@ def test_infinite_losses_do_what_the_policy_says(tmp_path) -> None:
     assert {name: seen[f"val/{name}"] for name in NAMES} == pytest.approx(readings([first, (wide, y), third]), rel=1e-6)
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(nan_policy="raise"))
     with pytest.raises(
-        ValueError, match="`nan_policy='raise'` allows finite losses only.* 1 infinite.*nan_policy='omit'"
+        ValueError, match=r"`nan_policy='raise'` allows finite losses only.* 1 infinite.*nan_policy='omit'"
     ):
         trainer.validate(module, ragged_loader(3), verbose=False)
 
@@ -674,25 +705,30 @@ def test_infinite_losses_do_what_the_policy_says(tmp_path) -> None:
 # Steps that return something else.
 
 
-@pytest.mark.parametrize("stage", ["training", "validation", "test"])
 @pytest.mark.parametrize(
-    ("returned", "seen"),
-    [({"extra": 1}, r"\['extra'(, 'loss')?\]"), ("tensor", r"(\['loss'\]|Tensor)"), (None, "NoneType")],
+    ("stage", "returned", "seen"),
+    [
+        ("training", "loss and more", "['extra', 'loss']"),
+        ("training", "tensor", "['loss']"),  # As Lightning hands it on; a step that returns None it skips.
+        ("validation", "loss and more", "['extra', 'loss']"),
+        ("validation", "tensor", "Tensor"),
+        ("validation", "nothing", "NoneType"),
+        ("test", "loss and more", "['extra', 'loss']"),
+        ("test", "tensor", "Tensor"),
+        ("test", "nothing", "NoneType"),
+    ],
 )
 def test_a_step_that_returns_no_form_is_told_the_three(tmp_path, stage, returned, seen) -> None:
     """The error names the step, the forms, what arrived, and the way out."""
 
     def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> Any:
-        if returned == "tensor":
-            return outputs["loss"]
-        return returned if returned is None or of != "train" else {"loss": outputs["loss"], **returned}
+        loss = outputs["loss"]
+        return {"loss and more": {"loss": loss, "extra": 1}, "tensor": loss, "nothing": None}[returned]
 
     module, trainer = Model(adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
     run = {"training": trainer.fit, "validation": trainer.validate, "test": trainer.test}[stage]
-    if (stage, returned) == ("training", None):
-        pytest.skip("Lightning skips the batch.")
     forms = r'\{"losses": .*\{"logits": .*"labels".*\{"loss": .*"num_tokens": '
-    with pytest.raises(ValueError, match=rf"^{stage}_step must return {forms}.*, got {seen}; .* pass `extract`"):
+    with pytest.raises(ValueError, match=rf"^{stage}_step must return {forms}.*, got {re.escape(seen)}; .*`extract`"):
         run(module, ragged_loader(3))
 
 
@@ -985,3 +1021,241 @@ def test_loaders_that_are_read_side_by_side_are_one(tmp_path) -> None:
     loaders = CombinedLoader({"a": ragged_loader(3), "b": ragged_loader(3, seed=2)}, "min_size")
     trainer.validate(module, loaders, verbose=False)
     assert_points(logged(trainer), Expected().evaluation("val", 0, module.evaluations[0]).points)
+
+
+# What it costs, and what it keeps.
+
+
+def host_copies(tmp_path: Path, module: Model, *callbacks: Callback) -> list[Counter[str]]:
+    """Count, at the start of every batch of an epoch of 102, what has waited for a device."""
+    counts: Counter[str] = Counter()
+    at_starts = []
+    operators = Operators()
+
+    class Watch(Callback):
+        def on_train_batch_start(self, *_):
+            counts["_local_scalar_dense"] = operators.count("_local_scalar_dense")  # What item, int, bool, ... call.
+            at_starts.append(counts.copy())
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "cpu", "numpy"):
+            method = getattr(torch.Tensor, name)
+
+            def counted(tensor: torch.Tensor, *args: Any, name: str = name, method: Any = method, **kwargs: Any) -> Any:
+                counts[name] += 1
+                return method(tensor, *args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        trainer = make_trainer(tmp_path, *callbacks, Watch(), max_epochs=1, log_every_n_steps=50)
+        with operators:
+            trainer.fit(module, ragged_loader(102))
+    return at_starts
+
+
+@pytest.mark.usefixtures("deferred")
+@pytest.mark.parametrize("form", ["losses", "logits", "mean"])
+def test_windows_cost_no_more_host_copies_than_logging_the_loss(tmp_path, form) -> None:
+    """None between log points, and one at each, for all values together: that of a scalar that is logged."""
+
+    class Logs(Model):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            self.log("loss", outputs["loss"])
+            return outputs
+
+    logs = host_copies(tmp_path / "logs", Logs(form))
+    reads = host_copies(tmp_path / "reads", Model(form), CrossEntropyMonitor())
+    assert logs[101] - logs[1] == Counter({"_local_scalar_dense": 2})
+    assert reads[101] - reads[1] == Counter({"cpu": 2, "tolist": 2})  # A list of what has been copied.
+    steps = {number: after - before for number, (before, after) in enumerate(itertools.pairwise(reads))}
+    assert {number for number, counts in steps.items() if counts and number > 0} == {49, 99}
+
+
+def test_nothing_is_in_the_progress_bar(tmp_path) -> None:
+    """Lightning would copy a value to the host at every batch to show it there."""
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.fit(Model(), ragged_loader(NUM_TRAIN), ragged_loader(3))
+    assert monitored(trainer)
+    assert trainer.progress_bar_metrics == {}
+
+
+def test_outputs_are_not_kept(tmp_path) -> None:
+    """Those of a training step carry the graph; a window that never ends must not hold one of any batch."""
+    kept = []
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        assert not [number for number, logits in enumerate(kept) if logits() is not None]
+        kept.append(weakref.ref(outputs["logits"]))
+        return outputs
+
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), log_every_n_steps=0)
+    trainer.fit(Model("logits", adapt=adapt), ragged_loader(NUM_TRAIN))
+    assert len(kept) == 2 * NUM_TRAIN
+
+
+# Both packages, and their command lines.
+
+PACKAGES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch_lightning}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("in_a_list", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
+def test_it_serves_both_packages(tmp_path, package, in_a_list) -> None:
+    """Lightning is published under two names with unrelated classes; the callback is one of either's."""
+    package = PACKAGES[package]
+    monitor = CrossEntropyMonitor()
+    assert isinstance(monitor, package.Callback)
+    module = type("Own", (Steps, package.LightningModule), {})()
+    trainer = package.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        log_every_n_steps=2,
+        callbacks=[monitor] if in_a_list else monitor,
+        logger=package.loggers.TensorBoardLogger(tmp_path, version=0),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, ragged_loader(NUM_TRAIN), [ragged_loader(3), ragged_loader(2)])
+    batches = module.train_batches
+    expected = Expected().windows(batches, *((end, end - 1) for end in range(2, 15, 2)))
+    expected.epochs(batches, (7, 6), (14, 13)).validations(module.evaluations, 6, 13)
+    assert_points(logged(trainer), expected.points)
+
+
+def run_cli(tmp_path: Path, *arguments: str, package: str = "lightning.pytorch", run: bool = True) -> LightningCLI:
+    """Run a command line in this process."""
+    settings = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "log_every_n_steps": 2,
+        "default_root_dir": str(tmp_path),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": {
+            "class_path": f"{package}.loggers.CSVLogger",
+            "init_args": {"save_dir": str(tmp_path), "version": 0},
+        },
+    }
+    module = importlib.import_module(f"{package}.cli")
+    model, data = (Model, Data) if package == "lightning.pytorch" else (OfTheOther, DataOfTheOther)
+    args = [*(["fit"] if run else []), f"--trainer={json.dumps(settings)}", *arguments]
+    return module.LightningCLI(model, data, args=args, run=run)
+
+
+class OfTheOther(Steps, pytorch_lightning.LightningModule):
+    """The steps as a module of `pytorch_lightning`."""
+
+
+class DataOfTheOther(pytorch_lightning.LightningDataModule):
+    """The batches of the other package."""
+
+    train_dataloader = Data.train_dataloader
+    val_dataloader = Data.val_dataloader
+
+
+def write_config(tmp_path: Path, callbacks: list[dict[str, Any]], model: dict[str, Any] | None = None) -> str:
+    """Write a configuration (JSON is YAML too), and return the argument that names it."""
+    path = tmp_path / "given.yaml"
+    path.write_text(json.dumps({"trainer": {"callbacks": callbacks}, "model": model or {}, "seed_everything": 1}))
+    return f"--config={path}"
+
+
+def described(**init_args: Any) -> dict[str, Any]:
+    """Return what a configuration says of the monitor."""
+    return {"class_path": "xent_metrics.callback.CrossEntropyMonitor", "init_args": init_args}
+
+
+ARGUMENTS = {
+    "none": {},
+    "plain": {"nan_policy": "omit", "confidence": 0.9, "prefix": "ema/", "class_dim": -1, "ignore_index": -100},
+    "nulls": {"extract": None, "groups": None, "token_bytes": None},
+    "groups": {"groups": ["even", "odd"]},
+    "list": {"token_bytes": NUM_BYTES},
+    "file": {"token_bytes": "bytes.pt", "groups": ["even", "odd"]},
+    "extract": {"extract": "tests.fits.second_head"},
+    "shift": {"shift": True},
+}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_lightning.cli")
+@pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
+def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatch, package, arguments) -> None:
+    """A configuration that was saved beside a run repeats the run."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.tensor(NUM_BYTES), "bytes.pt")
+    given = ARGUMENTS[arguments]
+    model = {"adapt": "tests.fits.with_all"}
+    first = run_cli(tmp_path / "first", write_config(tmp_path, [described(**given)], model), package=package)
+    folder = Path(first.trainer.logger.log_dir)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    [of_the_monitor] = [
+        callback for callback in saved["trainer"]["callbacks"] if callback["class_path"].startswith("xent_metrics")
+    ]
+    parameters = inspect.signature(CrossEntropyMonitor).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert of_the_monitor == described(**(defaults | given))
+
+    points = points_of_csv(folder)
+    assert {f"{given.get('prefix', '')}{tag}" for tag in ("train/cross_entropy", "val/cross_entropy")} <= set(points)
+    factor = 3 if arguments == "extract" else 1
+    expected = factor * readings(first.model.evaluations[0][0])["cross_entropy"]
+    assert points[f"{given.get('prefix', '')}val/cross_entropy"] == [(6, pytest.approx(expected, rel=1e-6))]
+    assert ("val/cross_entropy/odd" in points) == bool(given.get("groups"))
+    assert ("val/bits_per_byte" in points) == bool(given.get("token_bytes"))
+
+    saved["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "second")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(saved))
+    cli = importlib.import_module(f"{package}.cli").LightningCLI
+    again = cli(type(first.model), type(first.datamodule), args=["fit", f"--config={tmp_path / 'again.yaml'}"])
+    assert points_of_csv(again.trainer.logger.log_dir) == points
+
+
+def test_no_index_may_be_ignored(tmp_path) -> None:
+    """`ignore_index: null` is a setting, and not the default."""
+    trainer = run_cli(tmp_path, write_config(tmp_path, [described(ignore_index=None)]), run=False).trainer
+    with pytest.raises(ValueError, match=r"got 2 that are neither, such as -100; pass ignore_index=-100 if"):
+        trainer.validate(Model("logits"), ragged_loader(3), verbose=False)
+
+
+def test_the_monitor_is_appended_on_the_command_line(tmp_path) -> None:
+    """`callbacks+=` adds to those of a configuration."""
+    config = write_config(tmp_path, [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}])
+    added = "--trainer.callbacks+=xent_metrics.callback.CrossEntropyMonitor"
+    trainer = run_cli(tmp_path, config, added, "--trainer.callbacks.nan_policy=omit").trainer
+    [monitor] = [callback for callback in trainer.callbacks if isinstance(callback, CrossEntropyMonitor)]
+    assert monitor.nan_policy == "omit"
+    points = points_of_csv(trainer.logger.log_dir)
+    assert {"lr-SGD", "val/cross_entropy"} <= set(points)
+
+
+def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
+    """`callbacks+` in a second configuration adds one with another prefix."""
+    config = write_config(tmp_path, [described()], {"adapt": "tests.fits.with_all"})
+    more = tmp_path / "more.yaml"
+    more.write_text(json.dumps({"trainer": {"callbacks+": described(extract="tests.fits.second_head", prefix="b/")}}))
+    trainer = run_cli(tmp_path, config, f"--config={more}").trainer
+    seen = monitored(trainer)
+    assert seen["b/val/cross_entropy"] == pytest.approx(3 * seen["val/cross_entropy"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "message"),
+    [
+        ({"nan_policy": "ommit"}, "(?s)nan_policy.*'propagate'.*'omit'.*'raise'.*ommit"),
+        ({"nan_polici": "omit"}, "(?s)nan_polici"),
+        ({"groups": "even"}, "(?s)groups.*even"),
+        ({"extract": "tests.fits.no_such_function"}, "(?s)extract.*no_such_function"),
+        ({"confidence": "high"}, "(?s)confidence.*high"),
+        ({"token_bytes": [1, "x"]}, "(?s)token_bytes.*x"),
+    ],
+)
+def test_a_typo_in_a_configuration_is_named(tmp_path, capsys, init_args, message) -> None:
+    """The command line ends with the argument and its value, before anything runs."""
+    with pytest.raises(SystemExit):
+        run_cli(tmp_path, write_config(tmp_path, [described(**init_args)]), run=False)
+    assert re.search(message, capsys.readouterr().err)
