@@ -94,6 +94,7 @@ class TimeSeries:
     tag: str
     kind: str  # "scalar", "image" or "histogram"
     values: list[dict[str, str]]  # The table below a scalar chart: a row for each run, by the columns' headings.
+    lines: int  # Lines drawn, of a scalar chart.
     run: str  # Of an image or a histogram, which have a card for each run.
     size: tuple[int, int]  # Of an image, in pixels: (0, 0) if it could not be read.
 
@@ -183,14 +184,14 @@ def serve(logdir: Path, *, load_fast: bool = False) -> Iterator[str]:
     # Either the server begins with reading, or it reads beside and says so at this verbosity.
     options += ["--load_fast=true", "--verbosity=0"] if load_fast else ["--load_fast=false", "--reload_task=blocking"]
     command = [sys.executable, "-W", "ignore", "-m", "tensorboard.main", *map(str, options)]
-    # A file, because a full pipe that nobody reads would stop the server.
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+    # A file, because a full pipe that nobody reads would stop the server. To read it, it is opened again: the server
+    # shares this handle's position, and would write where reading stands.
+    with tempfile.NamedTemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
 
         def said(pattern: str) -> str:
             deadline = time.monotonic() + PATIENCE
             while True:
-                log.seek(0)
-                text = log.read()
+                text = Path(log.name).read_text()
                 if match := re.search(pattern, text):
                     return match[0]
                 if server.poll() is not None or time.monotonic() > deadline:
@@ -261,7 +262,9 @@ class Dashboard:
         self.page.goto("about:blank")
         self._pending.clear()
         self.page.set_viewport_size({"width": self._width, "height": HEIGHT})
-        self.page.goto(f"{self.url}#{tab}")
+        # Chromium keeps sixteen WebGL contexts and blanks all charts before the last sixteen; with SVG it can also be
+        # seen what is drawn.
+        self.page.goto(f"{self.url}?forceSVG=true#{tab}")
         self.page.wait_for_selector(DASHBOARDS[tab], state="attached")
         self.settle()
         self._expand()
@@ -375,12 +378,7 @@ class Dashboard:
             full: Show the whole window, which is as tall as what it holds, rather than the cards or the table alone.
         """
         clip = None if full else self._content()
-        image = self.page.screenshot(clip=clip)
-        for _ in range(20):  # Charts of the Time Series tab are drawn by a worker, which the page does not know about.
-            before, image = image, self.page.screenshot(clip=clip)
-            if image == before:
-                break
-        with Image.open(io.BytesIO(image)) as picture:
+        with Image.open(io.BytesIO(self.page.screenshot(clip=clip))) as picture:
             # Charts have few colours; dithering would only add noise, which is what takes space.
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
@@ -452,6 +450,8 @@ def _time_series(card: Locator) -> TimeSeries:
         kind=kind,
         # The first column, without a heading, is the run's colour.
         values=[{name: cell for name, cell in zip(columns, row, strict=True) if name} for row in rows],
+        # Those before smoothing are pale.
+        lines=card.locator(".series-view path[style*='opacity: 1;']:not([d=''])").count(),
         run="" if kind == "scalar" else card.locator("card-run-name").inner_text().strip(),
         size=_size(card) if kind == "image" else (0, 0),
     )

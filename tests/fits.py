@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -198,9 +199,10 @@ def bounds(batches: Iterable[Scored]) -> dict[str, float]:
 
 
 def points_of_events(folder: str | Path) -> Points:
-    """Read event files back."""
+    """Read event files back, but for TensorBoard's lines to compare with."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = [tag for tag in events.Tags()["scalars"] if not re.search("/(uniform|unigram)_", tag)]
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
 def points_of_csv(folder: str | Path) -> Points:

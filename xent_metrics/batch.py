@@ -100,12 +100,18 @@ def tally_scored(
 
 
 def group_scored(
-    kinds: list[TargetLosses], group: Tensor, preds: Tensor, target: Tensor, options: LossOptions, num_groups: int
+    kinds: list[TargetLosses],
+    group: Tensor,
+    preds: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    num_groups: int,
+    fix: str,
 ) -> list[GroupTally]:
-    """Tally what `score_batch` returns by group, each kind for itself."""
+    """Tally what `score_batch` returns by group, each kind for itself; `fix` says what to do about a wrong group."""
     with torch.no_grad():
         group = _as_group(group, preds, target, options, kinds[0])
-        _raise_groupless(kinds[0], None, group, num_groups)
+        _raise_groupless(kinds[0], None, group, num_groups, fix)
         return [tally_groups(kind, None, group, num_groups) for kind in kinds]
 
 
@@ -359,7 +365,13 @@ def _fix(example: float, otherwise: str) -> str:
     return f"pass ignore_index={int(example)} if it marks targets to leave out" if marks else otherwise
 
 
-def _raise_groupless(losses: TargetLosses, weight: Tensor | None, group: Tensor, num_groups: int) -> None:
+def _raise_groupless(
+    losses: TargetLosses,
+    weight: Tensor | None,
+    group: Tensor,
+    num_groups: int,
+    fix: str = "raise `num_groups`, or mask their targets with `weight`",
+) -> None:
     if not raises_now(group):
         return
     looked_at = _looked_at(losses, weight)
@@ -367,5 +379,5 @@ def _raise_groupless(losses: TargetLosses, weight: Tensor | None, group: Tensor,
     if bad.numel():
         raise ValueError(
             f"`group` must hold integers in [0, {num_groups}), got {bad.numel()} that are not, such as "
-            f"{bad[0].item()}; raise `num_groups`, or mask their targets with `weight`."
+            f"{bad[0].item()}; {fix}."
         )

@@ -76,7 +76,7 @@ class CrossEntropyMonitor(Callback):
         - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
           `confidence`, clustered by sequence; not logged where there are no two sequences;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
-        - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if there are several;
+        - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
         - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets.
 
         NaN is logged where there are no targets at all.
@@ -373,8 +373,10 @@ class CrossEntropyMonitor(Callback):
         if stage == "val":
             self._validated = total[:1]
         values = self._read(stage, total, bounds=True)
-        if len(loaders) > 1:
-            for i, (whole, *_) in enumerate(loaders):
+        # Loaders that are read side by side have their targets in the first, and one that has all says nothing new.
+        each = {i: whole for i, (whole, *_) in enumerate(loaders) if whole.unbind()[0].totals().scored}
+        if len(each) > 1:
+            for i, whole in each.items():
                 values |= self._read(stage, (whole,), suffix=f"/dataloader_idx_{i}")
         return values
 

@@ -135,7 +135,8 @@ class OutputReader:
         whole = tally_scored(losses)
         if form.group is None:
             return (whole,)
-        by_group = group_scored(losses, form.group, form.preds, form.target, form.options, len(self.groups))
+        fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
+        by_group = group_scored(losses, form.group, form.preds, form.target, form.options, len(self.groups), fix)
         return (whole, *by_group)
 
     @staticmethod
@@ -154,23 +155,26 @@ class OutputReader:
 
     def _as_group(self, group: Any, target: Tensor, options: LossOptions) -> Tensor:
         """Return the index of every target's group, broadcastable to the targets, from names or indices."""
-        names = [group] if isinstance(group, str) else group if isinstance(group, Sequence) else []
-        if any(isinstance(name, str) for name in names):
-            unknown = [name for name in names if name not in self.groups]
-            if unknown:
-                raise ValueError(
-                    f"`group` must hold names of `groups`, which are {list(self.groups)}, got {unknown[0]!r}; add it "
-                    "to `groups`."
-                )
-            indices = [self.groups.index(name) for name in names]
-            group = indices[0] if isinstance(group, str) else indices
-        index, shape = torch.as_tensor(group, device=target.device), target_shape(target, options)
+        index, shape = torch.as_tensor(self._indices(group), device=target.device), target_shape(target, options)
         if index.shape != shape[: index.dim()]:
             raise ValueError(
                 f"`group` must be one for the batch, one for each sequence, or one for each target, got shape "
                 f"{tuple(index.shape)} for targets of shape {tuple(shape)}."
             )
         return index.view(*index.shape, *(1 for _ in shape[index.dim() :]))
+
+    def _indices(self, group: Any) -> Any:
+        """Replace names by indices, in lists as deep as they are."""
+        if isinstance(group, list | tuple):
+            return [self._indices(one) for one in group]
+        if isinstance(group, str):
+            if group not in self.groups:
+                raise ValueError(
+                    f"`group` must hold names of `groups`, which are {list(self.groups)}, got {group!r}; add it to "
+                    "`groups`."
+                )
+            return self.groups.index(group)
+        return group
 
 
 def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
@@ -196,4 +200,6 @@ def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
 def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
     if isinstance(token_bytes, str):
         token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
-    return as_token_table(token_bytes if isinstance(token_bytes, Tensor) else torch.tensor(token_bytes))
+    if isinstance(token_bytes, list | tuple) and all(isinstance(number, int) for number in token_bytes):
+        token_bytes = torch.tensor(token_bytes, dtype=torch.int64)
+    return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.
