@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 READINGS = ("cross_entropy", "bits_per_token", "perplexity")
 BOUNDS = [f"{name}_{end}" for name in ("cross_entropy", "perplexity") for end in ("lower", "upper")]
 REFERENCES = ("uniform_bits_per_token", "unigram_bits_per_token")
-PICTURES = ("val/by_position", "val/distribution", "val/surprisal")
+PICTURES = ("val/by_position", "val/distribution", "val/interval", "val/surprisal")
 CURVES = {
     *(f"train/{name}{suffix}" for name in READINGS for suffix in ("", "_epoch")),
     *(f"val/{name}" for name in (*READINGS, *BOUNDS, *REFERENCES, "best_bits_per_token")),

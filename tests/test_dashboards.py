@@ -27,6 +27,7 @@ pytestmark = [
 ]
 
 K = 20
+PICTURES = ("distribution", "by_position", "surprisal")
 READINGS = ("cross_entropy", "bits_per_token", "perplexity")
 
 
@@ -212,11 +213,12 @@ def test_the_table_of_hyperparameters_has_the_runs_own_values(ask: Ask) -> None:
 
 def test_pictures_are_few_and_say_what_they_are_of(run, ask: Ask) -> None:
     """The first, second and fourth validation, and the last one."""
-    for tag in ("val/distribution", "val/by_position", "val/surprisal"):
-        pictures = ask(f"data/plugin/images/images?run=run&tag={tag}&sample=0")
-        assert [picture["step"] for picture in pictures] == [4, 9, 19, 24]
+    for name in (*PICTURES, "interval"):
+        pictures = ask(f"data/plugin/images/images?run=run&tag=val/{name}&sample=0")
+        first = [] if name == "interval" else [4]  # One validation is no curve.
+        assert [picture["step"] for picture in pictures] == [*first, 9, 19, 24]
     events = EventAccumulator(str(run[0] / "run"), size_guidance={"images": 0}).Reload()
-    assert set(events.Tags()["images"]) == {"val/distribution", "val/by_position", "val/surprisal"}
+    assert set(events.Tags()["images"]) == {f"val/{name}" for name in (*PICTURES, "interval")}
     assert all(len(image.encoded_image_string) < 60_000 for image in events.Images("val/surprisal"))
 
 
@@ -324,7 +326,7 @@ def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> N
     margins = [series.value for chart in layout.category[0].chart for series in chart.margin.series]
     assert set(margins) <= set(points)
     assert "a-val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
-    assert kinds(tmp_path / "run")["pictures"] == {"a-val/distribution", "a-val/by_position", "a-val/surprisal"}
+    assert kinds(tmp_path / "run")["pictures"] == {f"a-val/{name}" for name in PICTURES}
 
 
 def test_two_monitors_have_a_category_each(tmp_path) -> None:
@@ -371,7 +373,7 @@ def test_a_validation_alone_is_drawn_and_lays_out_its_charts(tmp_path) -> None:
     trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[CrossEntropyMonitor()], enable_progress_bar=False)
     trainer.validate(Table(), DataLoader(samples(7), 3), verbose=False)
     found = kinds(tmp_path / "run")
-    assert found["pictures"] == {"val/distribution", "val/by_position", "val/surprisal"}
+    assert found["pictures"] == {f"val/{name}" for name in PICTURES}
     assert found["layout"]
     assert found["references"]
 

@@ -14,7 +14,9 @@ from xent_metrics.pictures import (
     Gallery,
     Page,
     Profile,
+    Reached,
     draw_distribution,
+    draw_interval,
     draw_page,
     draw_positions,
     write_page,
@@ -156,11 +158,24 @@ def test_drawings_are_small_files(draw, profile, uniform) -> None:
     assert len(png) < 60_000
 
 
+def test_the_intervals_of_the_last_validations_fill_their_picture() -> None:
+    """A first validation of a model that knows nothing does not press the others flat."""
+    late = [Reached(step, 2.0, 1.96, 2.04) for step in range(100, 700, 100)]
+    pictures = [opened(draw_interval([Reached(0, first, first, first), *late], "A title")) for first in (2.01, 6.69)]
+    heights = []
+    for picture in pictures:
+        column = [picture.convert("RGB").getpixel((500, y)) for y in range(picture.height)]
+        heights.append(sum(blue > red + 20 for red, _, blue in column))
+    assert heights[0] == pytest.approx(heights[1], abs=10)
+    assert min(heights) > 150
+
+
 def test_drawing_does_not_touch_pyplot(monkeypatch) -> None:
     """Its global state belongs to the user."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)  # An import of it then fails.
     draw_distribution(Profile.of(random_losses(3, 3)), "A title", None)
     draw_positions(Profile.of(random_losses(3, 3)), "A title", None)
+    draw_interval([Reached(0, 2.0, 1.0, 3.0)] * 2, "A title")
     draw_page(Page([["a"]], [[1.0]]), "A title", 8.0)
 
 

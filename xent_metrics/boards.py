@@ -15,7 +15,7 @@ import torch
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
-from xent_metrics.pictures import Decode, Gallery
+from xent_metrics.pictures import Decode, Gallery, Reached
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -27,6 +27,9 @@ Part = Literal["layout", "descriptions", "references", "hparams", "pictures", "s
 
 PARTS: tuple[Part, ...] = ("layout", "descriptions", "references", "hparams", "pictures", "summary")
 """What is written unless somebody asks for less, or for more."""
+
+_MOST_VALIDATIONS = 512
+"""So many are remembered for a picture of all of them; beyond that every other one is forgotten."""
 
 
 class Boards:
@@ -59,7 +62,8 @@ class Boards:
         self._num_validations = 0
         self._num_windows = 0
         self._referred_at = -1
-        self._last: tuple[Gallery, str, int] | None = None  # The last validation, if it was not drawn.
+        self._last: Gallery | None = None  # Of the last validation, if it was not drawn.
+        self._history: list[Reached] = []
 
     def find(self, loggers: Sequence[Any], writes: bool) -> None:
         """Look for loggers to write beside.
@@ -121,7 +125,7 @@ class Boards:
         return Gallery(device, counts_classes="references" in self.parts and self._references is None)
 
     def show(
-        self, gallery: Gallery, caption: str, step: int, group: ProcessGroup | None, decode: Decode | None, now: bool
+        self, gallery: Gallery, reached: Reached, group: ProcessGroup | None, decode: Decode | None, now: bool
     ) -> None:
         """Draw a validation, and the lines to compare it with; all ranks take part.
 
@@ -129,17 +133,19 @@ class Boards:
 
         Args:
             gallery: What was gathered, its profile over all ranks.
-            caption: What the validation has reached, in words.
-            step: The step of the validation.
+            reached: What the validation has reached.
             group: The ranks that hold different data.
             decode: See `CrossEntropyMonitor`.
             now: Draw in any case.
         """
         if self._references is None and "references" in self.parts:
             self._references = _references(gallery, group)
-        self._refer(step)
+        self._refer(reached.step)
         self._num_validations += 1
-        self._last = (gallery, f"{caption}, step {step}", step)
+        self._last = gallery
+        if len(self._history) == _MOST_VALIDATIONS:
+            del self._history[1::2]
+        self._history.append(reached)
         if now or self._num_validations & (self._num_validations - 1) == 0:
             self._draw_last(decode)
 
@@ -153,9 +159,8 @@ class Boards:
 
     def _draw_last(self, decode: Decode | None) -> None:
         if self._last is not None:
-            gallery, caption, step = self._last
             for board in self._boards:
-                board.draw(gallery, caption, self._references or {}, step, decode)
+                board.draw(self._last, self._history, self._references or {}, decode)
         self._last = None
 
 

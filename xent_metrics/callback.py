@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from xent_metrics.boards import PARTS, Boards, Part
 from xent_metrics.distributed import is_distributed, unrepeated
 from xent_metrics.outputs import Mean, OutputReader, Tallies, add_tallies
-from xent_metrics.pictures import Decode, Gallery
+from xent_metrics.pictures import Decode, Gallery, Reached
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_reading, check_valid
 from xent_metrics.tally import GroupTally, sum_tallies_over_ranks
 
@@ -116,8 +116,8 @@ class CrossEntropyMonitor(Callback):
             - `"descriptions"`: definition, unit, and what is pooled and left out, behind the "i" of every chart;
             - `"references"`: `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, lines to compare with;
             - `"hparams"`: a row in the HParams tab with the values of this run's tags, in place of Lightning's own;
-            - `"pictures"`: the distribution of losses, loss by position, and a text coloured by what each token cost:
-              at the first, second, fourth, eighth, ... validation and the last;
+            - `"pictures"`: the distribution of losses, loss by position, all validations with their intervals, and a
+              text coloured by what each token cost: at the first, second, fourth, ... validation and the last;
             - `"summary"`: a page in the Text tab when the fit is over;
             - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
         decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`. May be set later, as
@@ -288,9 +288,10 @@ class CrossEntropyMonitor(Callback):
             values[f"{self.prefix}val/{_BEST}"] = self._best
         self._log_epoch(trainer, pl_module, values, "val")
         if self._gallery is not None:
-            alone = trainer.state.fn == "validate"
-            caption = self._caption(values)
-            self._boards.show(self._gallery, caption, _step(trainer), self._group, self.decode, now=alone)
+            tag = f"{self.prefix}val/cross_entropy"
+            bits = (values.get(f"{tag}{end}", math.nan) / math.log(2) for end in ("", "_lower", "_upper"))
+            reached, alone = Reached(_step(trainer), *bits), trainer.state.fn == "validate"
+            self._boards.show(self._gallery, reached, self._group, self.decode, now=alone)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write what the run has reached."""
@@ -412,13 +413,6 @@ class CrossEntropyMonitor(Callback):
             self._reached |= values
         if not trainer.barebones:  # It would warn about every name.
             pl_module.log_dict(_as_tensors(values), batch_size=1, add_dataloader_idx=False)
-
-    def _caption(self, values: dict[str, float]) -> str:
-        """Say what a validation has reached, and how sure that is."""
-        tag = f"{self.prefix}val/cross_entropy"
-        bits, lower, upper = (values.get(f"{tag}{end}", math.nan) / math.log(2) for end in ("", "_lower", "_upper"))
-        interval = "" if math.isnan(lower) else f" ({100 * self.confidence:g} % interval {lower:.3f} to {upper:.3f})"
-        return f"{bits:.3f} bits a target{interval}"
 
     def _summary(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Return a page on what the run has reached; only called where TensorBoard is."""

@@ -116,6 +116,15 @@ class Page:
     bits: list[list[float]]
 
 
+class Reached(NamedTuple):
+    """What a validation has reached: bits a target, and the ends of the interval; NaN if there is none."""
+
+    step: int
+    bits: float
+    lower: float
+    upper: float
+
+
 class Gallery:
     """What the pictures and the reference lines of one validation need.
 
@@ -206,6 +215,23 @@ def draw_positions(profile: Profile, title: str, uniform: float | None) -> bytes
     axes.set_ylim(bottom=0)
     axes.set_xlabel("position in the sequence (it falls where the model uses its context)")
     axes.set_ylabel("mean loss in bits")
+    return _png(figure)
+
+
+def draw_interval(history: Sequence[Reached], title: str) -> bytes:
+    """Draw what every validation has reached, with its interval, so close that the last ones can be told apart."""
+    figure, axes = _figure(title)
+    steps = [reached.step for reached in history]
+    bits, lower, upper = ([getattr(reached, name) for reached in history] for name in ("bits", "lower", "upper"))
+    axes.fill_between(steps, lower, upper, color="#4c78a8", alpha=0.25, label="interval")
+    axes.plot(steps, bits, color="#4c78a8", marker="o", markersize=3, label="validation")
+    # A model that knows nothing is far above; what was reached since is what is asked about.
+    late = history[len(history) // 3 :]
+    low, high = min(reached.lower for reached in late), max(reached.upper for reached in late)
+    axes.set_ylim(low - 0.1 * (high - low) - 1e-6, high + 0.1 * (high - low) + 1e-6)
+    axes.set_xlabel("step (the first ones may lie above the picture)")
+    axes.set_ylabel("mean loss in bits")
+    axes.legend(frameon=False)
     return _png(figure)
 
 

@@ -16,7 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
-from xent_metrics.pictures import Decode, Gallery, draw_distribution, draw_page, draw_positions
+from xent_metrics.pictures import (
+    Decode,
+    Gallery,
+    Reached,
+    draw_distribution,
+    draw_interval,
+    draw_page,
+    draw_positions,
+)
 from xent_metrics.readings import ExactReading
 
 try:
@@ -226,29 +234,32 @@ class Dashboard:
             self.writer.add_scalar(self._logger_prefix + tag, value, step)
 
     def draw(
-        self, gallery: Gallery, caption: str, references: Mapping[str, float], step: int, decode: Decode | None
+        self, gallery: Gallery, history: Sequence[Reached], references: Mapping[str, float], decode: Decode | None
     ) -> None:
         """Draw the pictures of a validation.
 
         Args:
             gallery: What was gathered of it; the profile of all ranks together.
-            caption: What it has reached, in words.
+            history: What it has reached, and those before it.
             references: The lines to compare with, under their names.
-            step: When that was.
             decode: See `CrossEntropyMonitor`.
         """
         if "pictures" not in self.parts:
             return
-        uniform = references.get(UNIFORM)
-        for tag, draw, words in (
-            ("distribution", draw_distribution, "Losses"),
-            ("by_position", draw_positions, "By position"),
-        ):
-            self._add_picture(f"{self._prefix}val/{tag}", draw(gallery.profile, f"{words}: {caption}", uniform), step)
+        uniform, reached = references.get(UNIFORM), history[-1]
+        caption = _caption(reached)
+        pictures = {
+            "distribution": draw_distribution(gallery.profile, f"Losses: {caption}", uniform),
+            "by_position": draw_positions(gallery.profile, f"By position: {caption}", uniform),
+        }
+        known = [one for one in history if math.isfinite(one.lower) and math.isfinite(one.upper)]
+        if len(known) > 1:
+            pictures["interval"] = draw_interval(known, f"Validation: {caption}")
         page = gallery.page(decode)
         if any(page.texts):
-            png = draw_page(page, f"What each cost: {caption}", min(uniform or 8.0, 10.0))
-            self._add_picture(f"{self._prefix}val/surprisal", png, step)
+            pictures["surprisal"] = draw_page(page, f"What each cost: {caption}", min(uniform or 8.0, 10.0))
+        for name, png in pictures.items():
+            self._add_picture(f"{self._prefix}val/{name}", png, reached.step)
 
     def _add_picture(self, tag: str, png: bytes, step: int) -> None:
         width, height = struct.unpack(">II", png[16:24])  # Where every PNG file has them.
@@ -286,6 +297,12 @@ def _describe(writer: SummaryWriter, tag: str, description: str | None) -> None:
         plugin = SummaryMetadata.PluginData(plugin_name="scalars")
         about = SummaryMetadata(summary_description=description, plugin_data=plugin)
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
+
+
+def _caption(reached: Reached) -> str:
+    """Say what a validation has reached, and how sure that is."""
+    interval = "" if math.isnan(reached.lower) else f" (interval {reached.lower:.3f} to {reached.upper:.3f})"
+    return f"{reached.bits:.3f} bits a target{interval}, step {reached.step}"
 
 
 def read_layout(log_dir: str | Path) -> layout_pb2.Layout | None:
