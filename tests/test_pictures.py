@@ -102,15 +102,16 @@ def test_gathering_waits_for_no_device() -> None:
     gallery = Gallery(torch.device("meta"), counts_classes=True)
     gallery.add(losses, torch.zeros(3, 5, dtype=torch.int64, device="meta"), 11)
     gallery.leave_out(2)
-    assert gallery.class_counts.shape == (11,)
+    assert gallery.class_counts.shape == (12,)
 
 
 def test_classes_are_counted_where_they_are_scored() -> None:
-    """Padding is no class, whatever its index."""
+    """Padding is no class, whatever its index, and what is beyond the classes is counted apart."""
     losses = losses_of([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [[False, False, True], [False, True, True]])
-    gallery = Gallery(torch.device("cpu"), counts_classes=True)
-    gallery.add(losses, torch.tensor([[0, 2, -100], [2, -100, 4]]), 5)
-    assert gallery.class_counts.tolist() == [1, 0, 2, 0, 0]
+    for num_classes, counts in ((5, [1, 0, 2, 0, 0, 0]), (2, [1, 0, 2])):
+        gallery = Gallery(torch.device("cpu"), counts_classes=True)
+        gallery.add(losses, torch.tensor([[0, 2, -100], [2, -100, 4]]), num_classes)
+        assert gallery.class_counts.tolist() == counts
 
 
 def test_the_page_is_the_first_text_and_bounded() -> None:

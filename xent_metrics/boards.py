@@ -60,7 +60,7 @@ class Boards:
         """Begin another run."""
         self._references: dict[str, float] | None = None
         self._num_validations = 0
-        self._num_windows = 0
+        self._num_train_points = 0
         self._referred_at = -1
         self._last: Gallery | None = None  # Of the last validation, if it was not drawn.
         self._history: list[Reached] = []
@@ -91,6 +91,15 @@ class Boards:
         writers = {id(logger.experiment) for logger in self._loggers} if writes else set()
         self._boards = [board for writer, board in known.items() if writer in writers]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what writes files, which another process cannot have."""
+        return self.__dict__ | {"_loggers": [], "_boards": []}
+
+    def close(self) -> None:
+        """Close the files that no logger closes."""
+        for board in self._boards:
+            board.close()
+
     def log_hparams(self, hparams: Mapping[str, Any], tags: Sequence[str]) -> None:
         """Write the row of this run in the table of hyperparameters, before Lightning writes its own."""
         if "hparams" in self.parts:
@@ -106,8 +115,8 @@ class Boards:
             board.overlay(stage, values, step)
         if stage == "train":
             # A chart leaves out what fewer than a twentieth of its points reach, and validations are few.
-            self._num_windows += 1
-            if self._num_windows % 8 == 0:
+            self._num_train_points += 1
+            if self._num_train_points % 8 == 0:
                 self._refer(step)
 
     def _refer(self, step: int) -> None:
@@ -171,13 +180,20 @@ def _references(gallery: Gallery, group: ProcessGroup | None) -> dict[str, float
     counts = gallery.class_counts
     if is_distributed():
         # A rank without data does not know how many classes there are.
-        num_classes = int(max_over_ranks(torch.tensor([len(counts)], device=counts.device), group))
-        padded = counts.new_zeros(num_classes)
-        padded[: len(counts)] = counts
-        counts = sum_over_ranks(padded, group) if num_classes else padded
-    if not counts.any():
+        size = int(max_over_ranks(torch.tensor([len(counts)], device=counts.device), group))
+        if not len(counts):
+            counts = counts.new_zeros(size)
+        counts = sum_over_ranks(counts, group) if size else counts
+    *of_classes, beyond = counts.tolist() or [0]
+    if beyond:
+        rank_zero_warn(
+            f"`num_classes` must be larger than every target, but of {sum(counts)} targets {beyond} are not below "
+            f"{len(of_classes)}: TensorBoard gets no lines to compare with; pass the size of the vocabulary.",
+            UserWarning,
+        )
+    if beyond or not any(of_classes):
         return {}
-    return {UNIFORM: math.log2(len(counts)), UNIGRAM: unigram_bits(counts)}
+    return {UNIFORM: math.log2(len(of_classes)), UNIGRAM: unigram_bits(of_classes)}
 
 
 def _joined(logger: Any) -> str:

@@ -231,6 +231,10 @@ class CrossEntropyMonitor(Callback):
             _hparams(trainer, pl_module), [f"{self.prefix}val/{name}" for name in (_BEST, *self._readings)]
         )
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close what was opened, also after an error."""
+        self._boards.close()
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for no other rank from now on."""
         self._failed = True

@@ -131,6 +131,10 @@ class Gallery:
     Args:
         device: Where losses are.
         counts_classes: Whether to count how frequent each class is.
+
+    Attributes:
+        profile: The losses.
+        class_counts: How often each class was scored, and at the end how often none of them; empty if not counted.
     """
 
     def __init__(self, device: torch.device, counts_classes: bool) -> None:
@@ -167,8 +171,9 @@ class Gallery:
 
     def _count(self, ids: Tensor, scored: Tensor, num_classes: int) -> None:
         if not len(self.class_counts):
-            self.class_counts = self.class_counts.new_zeros(num_classes)
-        self.class_counts.scatter_add_(0, ids.clamp(0, num_classes - 1).flatten(), scored.long().flatten())
+            self.class_counts = self.class_counts.new_zeros(num_classes + 1)
+        index = ids.masked_fill((ids < 0) | (ids >= num_classes), num_classes)
+        self.class_counts.scatter_add_(0, index.flatten(), scored.long().flatten())
 
     def page(self, decode: Decode | None) -> Page:
         """Return the first text of this rank."""

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from xent_metrics.pictures import (
     Decode,
     Gallery,
@@ -185,6 +183,7 @@ class Dashboard:
         self._groups = groups
         self._prefix = prefix
         self._logger_prefix = logger_prefix
+        self._stages = (f"{prefix}train/", f"{prefix}val/")  # Those that have charts.
         self._announced: set[str] = set()
         self._layout: layout_pb2.Layout | None = None
         self._overlaid: dict[str, SummaryWriter] = {}
@@ -202,7 +201,7 @@ class Dashboard:
         if "descriptions" in self.parts:
             for tag in new:
                 _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix))
-        if "layout" in self.parts:
+        if "layout" in self.parts and any(tag.startswith(self._stages) for tag in new):
             self._lay_out()
 
     def _lay_out(self) -> None:
@@ -276,7 +275,7 @@ class Dashboard:
             return
         tags = {f"{self._prefix}{stage}/{name}": self._logger_prefix + self._prefix + name for name in self._readings}
         if stage not in self._overlaid:
-            self._overlaid[stage] = SummaryWriter(str(Path(self.writer.log_dir) / stage))
+            self._overlaid[stage] = SummaryWriter(f"{self.writer.log_dir}/{stage}")
             for tag, overlaid in tags.items() if "descriptions" in self.parts else ():
                 _describe(self._overlaid[stage], overlaid, describe_tag(tag, self._prefix))
         for tag in tags.keys() & values.keys():
@@ -286,6 +285,12 @@ class Dashboard:
         """Let TensorBoard see what was written."""
         for writer in (self.writer, *self._overlaid.values()):
             writer.flush()
+
+    def close(self) -> None:
+        """Close the overlaid runs; the run itself is its logger's."""
+        for writer in self._overlaid.values():
+            writer.close()
+        self._overlaid.clear()
 
     def _add(self, summary: Any, step: int | None) -> None:
         self.writer._get_file_writer().add_summary(summary, step)
@@ -316,10 +321,10 @@ def read_layout(log_dir: str | Path) -> layout_pb2.Layout | None:
     return layout
 
 
-def unigram_bits(counts: Tensor) -> float:
+def unigram_bits(counts: Sequence[int]) -> float:
     """Return the entropy in bits of how frequent classes are; NaN if there are none."""
-    seen = counts[counts > 0].double()
-    return float(-(seen / seen.sum()).log2().mul(seen / seen.sum()).sum()) if len(seen) else math.nan
+    total = sum(counts)
+    return -math.fsum(n / total * math.log2(n / total) for n in counts if n) if total else math.nan
 
 
 def summarise(
