@@ -971,3 +971,35 @@ def test_every_rank_raises_what_one_rank_did_wrong(tmp_path) -> None:
     assert (after_batches, all_batches) == (3, 2)
     assert "8 " in in_training
     assert "8 " in in_validation
+
+
+# 7. Dashboards.
+
+
+def fit_with_dashboards(folder: Path, idle: bool) -> dict[str, Any]:
+    """Fit with a TensorBoard logger; ranks repeat a sample, or one of them has no validation at all."""
+    monitor = CrossEntropyMonitor(decode=lambda ids: f"{ids[0]} ")
+    trainer = make_trainer(monitor, folder=folder)
+    trainer.fit(Table("logits"), loader(16), Uneven(0) if idle else loader(5))
+    return {"references": monitor._boards._references, "profile": monitor._gallery.profile.state.tolist()}
+
+
+@pytest.mark.parametrize("idle", [False, True], ids=["a repeated sample", "an idle rank"])
+def test_dashboards_are_of_all_ranks_and_written_once(tmp_path, idle) -> None:
+    """Reference lines and pictures have the samples of all ranks, each once; the first rank writes them."""
+    ranks = run_ranks(2, fit_with_dashboards, tmp_path / "log", idle, tmp_path=tmp_path, timeout=60)
+    assert ranks[0] == ranks[1]
+    seen = rows(6) if idle else rows(5)
+    targets = [int(target) for _, _, y in seen for target in y if target != -100]
+    shares = [targets.count(k) / len(targets) for k in set(targets)]
+    entropy = -math.fsum(share * math.log2(share) for share in shares)
+    expected = {"uniform_bits_per_token": math.log2(K), "unigram_bits_per_token": entropy}
+    assert ranks[0]["references"] == pytest.approx(expected, rel=1e-12)
+    assert ranks[0]["profile"][-1] == (0 if idle else 1)
+    points = logged(tmp_path / "log")
+    assert float.fromhex(points["val/unigram_bits_per_token"][0][1]) == pytest.approx(entropy, rel=1e-6)
+    events = EventAccumulator(str(tmp_path / "log")).Reload()
+    assert {"val/distribution", "val/by_position", "val/surprisal"} <= set(events.Tags()["images"])
+    page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert f"left out of the last validation: {0 if idle else 1}." in page
+    assert f"| the last validation | {len(targets)} |" in page
