@@ -29,6 +29,7 @@ from xent_metrics.checks import (
 from xent_metrics.exact import LIMIT, widest_float
 from xent_metrics.losses import (
     BinaryOptions,
+    LinearLogits,
     LossOptions,
     TargetLosses,
     as_index,
@@ -52,7 +53,7 @@ def decomposed(tally: Tally, nan_policy: NanPolicy) -> tuple[Tally, Tally]:
 
 
 def tally_batch(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -69,14 +70,14 @@ def tally_batch(
         if token_bytes is None:
             raise_invalid(losses, weight, preds, target, options)
             return tally_losses(losses, weight, sequence_group)
-        per_byte = _per_byte(losses, preds, target, options, token_bytes)
+        per_byte = _per_byte(losses, target, options, token_bytes)
         losses = losses._replace(out_of_range=per_byte.out_of_range)
         raise_invalid(losses, weight, preds, target, options, len(token_bytes))
         return Tally.stack(tally_losses(losses, weight, sequence_group), tally_losses(per_byte, weight))
 
 
 def tally_per_byte(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     num_bytes: int | Tensor | None,
     weight: Tensor | None,
@@ -92,7 +93,7 @@ def tally_per_byte(
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options)
         if token_bytes is not None:
-            losses = _per_byte(losses, preds, target, options, token_bytes)
+            losses = _per_byte(losses, target, options, token_bytes)
             raise_invalid(losses, weight, preds, target, options, len(token_bytes))
             return tally_losses(losses, weight)
         assert num_bytes is not None
@@ -108,7 +109,7 @@ def tally_per_byte(
 
 
 def tally_grouped(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     group: Tensor,
     weight: Tensor | None,
@@ -120,7 +121,7 @@ def tally_grouped(
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options, class_weight)
         shape = target_shape(target, options)
-        check_group(group, shape, preds)
+        check_group(group, shape, losses.loss)
         group = _per_target(as_index(group), shape, options, losses)
         raise_invalid(losses, weight, preds, target, options)
         _raise_groupless(losses, weight, group, num_groups)
@@ -128,7 +129,7 @@ def tally_grouped(
 
 
 def tally_by_class(
-    preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, num_classes: int
+    preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None, options: LossOptions, num_classes: int
 ) -> GroupTally:
     """Tally a batch by the class of its targets."""
     with torch.no_grad():
@@ -145,7 +146,9 @@ def tally_by_class(
         return tally_groups(losses, weight, index, num_classes)
 
 
-def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tally:
+def tally_decomposition(
+    preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> Tally:
     """Tally three losses of a batch side by side.
 
     They are the cross-entropies, the entropies where those are finite, and the entropies where they are not, so that
@@ -162,8 +165,8 @@ def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, op
 
 
 def tally_difference(
-    preds_a: Tensor,
-    preds_b: Tensor,
+    preds_a: Tensor | LinearLogits,
+    preds_b: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -202,7 +205,7 @@ def _called(name: str) -> Iterator[None]:
 
 
 def _score(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -215,11 +218,9 @@ def _score(
     return losses, weight
 
 
-def _per_byte(
-    losses: TargetLosses, preds: Tensor, target: Tensor, options: LossOptions, token_bytes: Tensor
-) -> TargetLosses:
+def _per_byte(losses: TargetLosses, target: Tensor, options: LossOptions, token_bytes: Tensor) -> TargetLosses:
     check_hard(target, "tokens stand for bytes, distributions do not")
-    check_device("token_bytes", token_bytes, preds)
+    check_device("token_bytes", token_bytes, losses.loss)
     return losses.per_byte(_per_target(as_index(target), target.shape, options, losses), token_bytes)
 
 
@@ -244,7 +245,7 @@ def _as_weight(weight: Tensor, shape: torch.Size, options: LossOptions, losses: 
 def raise_invalid(
     losses: TargetLosses,
     weight: Tensor | None,
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     options: LossOptions | BinaryOptions,
     num_ids: int | None = None,
@@ -280,7 +281,11 @@ def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor:
 
 
 def _explain_target(
-    outside: Tensor, preds: Tensor, target: Tensor, options: LossOptions | BinaryOptions, num_ids: int | None
+    outside: Tensor,
+    preds: Tensor | LinearLogits,
+    target: Tensor,
+    options: LossOptions | BinaryOptions,
+    num_ids: int | None,
 ) -> str:
     """Say what targets must be, and show one of those that are not."""
     number = int(outside.sum())
