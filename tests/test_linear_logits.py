@@ -316,6 +316,15 @@ def test_ignored_rows_are_not_multiplied(ignored: float, cut: bool) -> None:
     assert len(matmuls.rows) == math.ceil(scored / 512)
 
 
+def test_rows_that_are_left_are_dealt_evenly() -> None:
+    """No part of one row: it would read all of the weight for itself."""
+    target = torch.randint(0, V, (600,))
+    target[::2][:87] = -100
+    with Matmuls() as matmuls:
+        cross_entropy(LinearLogits(torch.randn(600, D), *make_head()), target)
+    assert matmuls.rows == [257, 256]
+
+
 def test_shifted_rows_are_not_multiplied() -> None:
     """Of a sequence of T positions T - 1 are scored, but for those whose next label is ignored."""
     target = torch.randint(0, V, (3, 400))

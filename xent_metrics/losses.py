@@ -495,7 +495,6 @@ def _score_hard(
     scored = None
     if isinstance(preds, LinearLogits) and free_to_look(index):
         scored = (~(ignored | out_of_range)).nonzero().squeeze(1)
-        loss.zero_()  # A number also where nothing will be written.
     for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper, scored):
         count = _number_of(rows)
         nll = torch.neg(log_probs[:count].gather(1, index[rows, None]).squeeze(1))
@@ -624,13 +623,14 @@ def _log_prob_blocks(
 
     Both are views of one buffer and have at least two rows, the second one meaningless if there is one: threads
     would share the `sum` over a long row that is alone, and round it differently. Rows in which a probability is
-    outside [0, 1] are marked in `improper`. Of `LinearLogits`, only rows that are `scored` are made.
+    outside [0, 1] are marked in `improper`. Of `LinearLogits`, whose bits no kernel could keep, only rows that are
+    `scored` are made, one row may be alone, and log-probabilities take the place of the logits.
     """
     num_classes, dtype = preds.shape[options.class_dim], compute_dtype(preds)
     soft = [] if target is None else [target.movedim(options.class_dim, -1)]
-    sizes = _LINEAR_BUFFER_BYTES if isinstance(preds, LinearLogits) else _BUFFER_BYTES
-    size = sizes.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
-    num_buffers = 1 + len(soft)
+    linear = isinstance(preds, LinearLogits)
+    size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
+    num_buffers, fewest = 1 + len(soft), 1 if linear else 2
     max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
     num_rows = max(2, min(max_rows, preds.numel() // num_classes))
     buffers = torch.empty(num_buffers, num_rows, num_classes, dtype=dtype, device=preds.device)
@@ -645,6 +645,7 @@ def _log_prob_blocks(
         source = parts[0]
         if options.input == "logits" and source.dtype == dtype and source.is_contiguous():
             source = source.view(filled.shape)  # The kernel can read these where they are.
+            filled = source if linear else filled
         else:
             filled.view(source.shape).copy_(source)
             source = filled
@@ -658,7 +659,8 @@ def _log_prob_blocks(
             if options.eps is not None:
                 filled.clamp_(options.eps, 1 - options.eps)
             filled.log_()
-        yield rows, buffers[0, : max(2, count)], buffers[-1, : max(2, count)]
+        count = max(fewest, count)
+        yield rows, filled if linear else buffers[0, :count], buffers[-1, :count]
 
 
 def _linear_blocks(
