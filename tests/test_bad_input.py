@@ -31,6 +31,7 @@ from xent_metrics import (
     CrossEntropyDifference,
     CrossEntropyReport,
     GroupedCrossEntropy,
+    LinearLogits,
     NormalizedCrossEntropy,
     Perplexity,
     functional,
@@ -825,6 +826,95 @@ def test_a_metric_on_another_device_than_its_batch(name: str, devices: tuple[str
 
 
 # Weights of classes, smoothing, bytes.
+
+
+HIDDEN, HEAD = torch.ones(2, 3, 5), torch.ones(K, 5)
+BAD_FACTORS: list[tuple[Any, Any, Any, type[Exception], str]] = [
+    ([[1.0]], HEAD, None, TypeError, "`hidden` of `{}` must be a tensor, got list; convert it"),
+    (HIDDEN, np.ones((K, 5)), None, TypeError, "`weight` of `{}` must be a tensor, got ndarray; convert it"),
+    (HIDDEN, HEAD, 1.0, TypeError, "`bias` of `{}` must be a tensor, got float; convert it"),
+    (HIDDEN.long(), HEAD, None, TypeError, r"`hidden` of `{}` must be float16, .* got torch.int64; .*\.float\(\)"),
+    (HIDDEN, HEAD.cfloat(), None, TypeError, "`weight` of `{}` must be float16, .* got torch.complex64"),
+    (HIDDEN, HEAD, HEAD[:, 0].bool(), TypeError, "`bias` of `{}` must be float16, .* got torch.bool"),
+    (HIDDEN, HEAD.to_sparse(), None, TypeError, "`weight` of `{}` must be a dense tensor, .*to_dense"),
+    (HIDDEN.bfloat16(), HEAD, None, TypeError, "`hidden` of `{}` must have the dtype of `weight`, .*autocast"),
+    (HIDDEN, HEAD, HEAD[:, 0].double(), TypeError, "dtype of `weight`, `bias`, got .*32, .*32, .*64; convert"),
+    (HIDDEN[0, 0, 0], HEAD, None, ValueError, r"`weight` of `{}` must have the shape .* got \(4, 5\) and \(\)"),
+    (HIDDEN[..., :3], HEAD, None, ValueError, r"\(4, 5\) and \(2, 3, 3\); pass what the head is given"),
+    (HIDDEN, HEAD.t(), None, ValueError, r"got \(5, 4\) and \(2, 3, 5\); pass weight.t\(\)"),
+    (HIDDEN, HEAD[0], None, ValueError, r"`weight` of `{}` must have the shape \(classes, D\) .* got \(5,\)"),
+    (HIDDEN, HEAD[:, :4], None, ValueError, r"got \(4, 4\) and \(2, 3, 5\); pass what the head is given"),
+    (HIDDEN, HEAD, HEAD[0], ValueError, r"`bias` of `{}` must have the shape \(4,\), .* got \(5,\); leave it out"),
+    (HIDDEN, HEAD, HEAD, ValueError, r"`bias` of `{}` must have the shape \(4,\), .* got \(4, 5\)"),
+    (HIDDEN, HEAD.to("meta"), None, ValueError, "`hidden` of `{}` must be on the device of `weight`, got cpu, meta"),
+    (HIDDEN, HEAD, HEAD[:, 0].to("meta"), ValueError, "device of `weight`, `bias`, got cpu, cpu, meta; move one"),
+    (HIDDEN, HEAD[:0], None, ValueError, r"`{}` must have at least one class, got shape \(2, 3, 0\)"),
+    (HIDDEN[:1], HEAD, None, ValueError, r"`target` must have the shape \(1, 3\) for `{}` of shape \(1, 3, 4\)"),
+]
+A_FACTOR = (
+    "`LinearLogits` whose parts do not fit, read as anything but logits with classes last, or for yes-or-no targets"
+)
+
+
+@row(A_FACTOR)
+@each_call
+@pytest.mark.parametrize(("hidden", "weight", "bias", "error", "text"), BAD_FACTORS)
+@pytest.mark.parametrize("name", ["CrossEntropy", "CrossEntropyDifference(a)", "CrossEntropyDifference(b)"])
+def test_factors_that_do_not_fit(
+    name: str, hidden: Any, weight: Any, bias: Any, error: type[Exception], text: str, call: str
+) -> None:
+    """The sentence says which part of whose predictions."""
+    key = f"preds_{name[-2]}" if "preds_a" in KINDS[name].arguments else "preds"
+    good = make_batch(name)
+    bad = {**good, key: LinearLogits(hidden, weight, bias)}
+    message = assert_no_trace(name, call, bad, {}, good, error)
+    assert re.search(text.replace("{}", key), message), message
+
+
+@row(A_FACTOR)
+@each_call
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_factors_are_logits_with_classes_last(name: str, call: str) -> None:
+    """No other input, and no other dimension, is what a matmul makes."""
+    forms = [form for form in KINDS[name].inputs if form != "logits"]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        *(({"input": form}, f"`input` must be 'logits' .* got '{form}'; leave it out") for form in forms),
+        *(
+            ({"class_dim": dim}, f"`class_dim` must be the last .* got {dim} .* shape .2, 3, 4.")
+            for dim in (0, 1, -2, 3)
+        ),
+    ]
+    batch = KINDS[name].chosen(with_preds(name, LinearLogits(HIDDEN, HEAD), make_batch(name)))
+    for options, text in wrong:
+        metric = KINDS[name].make(**options)
+        assert re.search(text, raised(ValueError, lambda m=metric: getattr(m, call)(**batch)))
+        assert not metric.tally.state.any()
+    for class_dim in (-1, 2):
+        assert KINDS[name].make(class_dim=class_dim)(**batch) is not None
+
+
+@row(A_FACTOR)
+@each_call
+def test_no_factors_for_yes_or_no_targets(call: str) -> None:
+    """Targets of the size of the logits are there anyway, so that nothing would be saved."""
+    good = make_batch("BinaryCrossEntropy")
+    bad = {**good, "preds": LinearLogits(HIDDEN, HEAD)}
+    message = assert_no_trace("BinaryCrossEntropy", call, bad, {}, good, TypeError)
+    assert re.match(r"`preds` must be a tensor .* got LinearLogits; pass F.linear\(hidden, weight, bias\)", message)
+
+
+@row(A_FACTOR)
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_factors_that_are_spread_over_ranks(name: str) -> None:
+    """A part that is a DTensor is refused, with what to pass instead."""
+    parts = {"hidden": HIDDEN, "weight": HEAD, "bias": HEAD[:, 0].clone()}
+    parts[name].placements = parts[name].device_mesh = None  # By which the library knows one.
+    try:
+        preds = LinearLogits(**parts)
+        message = raised(TypeError, lambda: functional.cross_entropy(preds, torch.zeros(2, 3, dtype=torch.int64)))
+    finally:
+        del parts[name].placements, parts[name].device_mesh
+    assert re.match(rf"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor\(\)", message)
 
 
 @row("class weights of the wrong length")

@@ -2,6 +2,7 @@
 
 from xent_metrics import functional
 from xent_metrics.distributed import unrepeated
+from xent_metrics.losses import LinearLogits
 from xent_metrics.metrics import (
     BinaryCrossEntropy,
     BitsPerByte,
@@ -30,6 +31,7 @@ __all__ = [
     "CrossEntropyReport",
     "GroupTally",
     "GroupedCrossEntropy",
+    "LinearLogits",
     "NormalizedCrossEntropy",
     "Perplexity",
     "Tally",

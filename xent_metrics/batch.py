@@ -29,6 +29,7 @@ from xent_metrics.checks import (
 from xent_metrics.exact import LIMIT, widest_float
 from xent_metrics.losses import (
     BinaryOptions,
+    LinearLogits,
     LossOptions,
     TargetLosses,
     as_index,
@@ -52,7 +53,7 @@ def decomposed(tally: Tally, nan_policy: NanPolicy) -> tuple[Tally, Tally]:
 
 
 def tally_batch(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -68,7 +69,7 @@ def tally_batch(
 
 
 def score_batch(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -84,7 +85,7 @@ def score_batch(
         if token_bytes is None:
             raise_invalid(losses, weight, preds, target, options)
             return [losses], weight
-        per_byte = _per_byte(losses, preds, target, options, token_bytes)
+        per_byte = _per_byte(losses, target, options, token_bytes)
         losses = losses._replace(out_of_range=per_byte.out_of_range)
         raise_invalid(losses, weight, preds, target, options, len(token_bytes))
         return [losses, per_byte], weight
@@ -102,7 +103,6 @@ def tally_scored(
 def group_scored(
     kinds: list[TargetLosses],
     group: Tensor,
-    preds: Tensor,
     target: Tensor,
     options: LossOptions,
     num_groups: int,
@@ -110,13 +110,13 @@ def group_scored(
 ) -> list[GroupTally]:
     """Tally what `score_batch` returns by group, each kind for itself; `fix` says what to do about a wrong group."""
     with torch.no_grad():
-        group = _as_group(group, preds, target, options, kinds[0])
+        group = _as_group(group, target, options, kinds[0])
         _raise_groupless(kinds[0], None, group, num_groups, fix)
         return [tally_groups(kind, None, group, num_groups) for kind in kinds]
 
 
 def tally_per_byte(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     num_bytes: int | Tensor | None,
     weight: Tensor | None,
@@ -132,7 +132,7 @@ def tally_per_byte(
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options)
         if token_bytes is not None:
-            losses = _per_byte(losses, preds, target, options, token_bytes)
+            losses = _per_byte(losses, target, options, token_bytes)
             raise_invalid(losses, weight, preds, target, options, len(token_bytes))
             return tally_losses(losses, weight)
         assert num_bytes is not None
@@ -148,7 +148,7 @@ def tally_per_byte(
 
 
 def tally_grouped(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     group: Tensor,
     weight: Tensor | None,
@@ -159,14 +159,14 @@ def tally_grouped(
     """Tally a batch by group."""
     with torch.no_grad():
         losses, weight = _score(preds, target, weight, options, class_weight)
-        group = _as_group(group, preds, target, options, losses)
+        group = _as_group(group, target, options, losses)
         raise_invalid(losses, weight, preds, target, options)
         _raise_groupless(losses, weight, group, num_groups)
         return tally_groups(losses, weight, group, num_groups)
 
 
 def tally_by_class(
-    preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, num_classes: int
+    preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None, options: LossOptions, num_classes: int
 ) -> GroupTally:
     """Tally a batch by the class of its targets."""
     with torch.no_grad():
@@ -183,7 +183,9 @@ def tally_by_class(
         return tally_groups(losses, weight, index, num_classes)
 
 
-def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tally:
+def tally_decomposition(
+    preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> Tally:
     """Tally three losses of a batch side by side.
 
     They are the cross-entropies, the entropies where those are finite, and the entropies where they are not, so that
@@ -200,8 +202,8 @@ def tally_decomposition(preds: Tensor, target: Tensor, weight: Tensor | None, op
 
 
 def tally_difference(
-    preds_a: Tensor,
-    preds_b: Tensor,
+    preds_a: Tensor | LinearLogits,
+    preds_b: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -240,7 +242,7 @@ def _called(name: str) -> Iterator[None]:
 
 
 def _score(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None,
     options: LossOptions,
@@ -253,18 +255,16 @@ def _score(
     return losses, weight
 
 
-def _as_group(group: Tensor, preds: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses) -> Tensor:
+def _as_group(group: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses) -> Tensor:
     """Broadcast groups to the losses."""
     shape = target_shape(target, options)
-    check_group(group, shape, preds)
+    check_group(group, shape, losses.loss)
     return _per_target(as_index(group), shape, options, losses)
 
 
-def _per_byte(
-    losses: TargetLosses, preds: Tensor, target: Tensor, options: LossOptions, token_bytes: Tensor
-) -> TargetLosses:
+def _per_byte(losses: TargetLosses, target: Tensor, options: LossOptions, token_bytes: Tensor) -> TargetLosses:
     check_hard(target, "tokens stand for bytes, distributions do not")
-    check_device("token_bytes", token_bytes, preds)
+    check_device("token_bytes", token_bytes, losses.loss)
     return losses.per_byte(_per_target(as_index(target), target.shape, options, losses), token_bytes)
 
 
@@ -289,7 +289,7 @@ def _as_weight(weight: Tensor, shape: torch.Size, options: LossOptions, losses: 
 def raise_invalid(
     losses: TargetLosses,
     weight: Tensor | None,
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     options: LossOptions | BinaryOptions,
     num_ids: int | None = None,
@@ -325,7 +325,11 @@ def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor:
 
 
 def _explain_target(
-    outside: Tensor, preds: Tensor, target: Tensor, options: LossOptions | BinaryOptions, num_ids: int | None
+    outside: Tensor,
+    preds: Tensor | LinearLogits,
+    target: Tensor,
+    options: LossOptions | BinaryOptions,
+    num_ids: int | None,
 ) -> str:
     """Say what targets must be, and show one of those that are not."""
     number = int(outside.sum())

@@ -140,6 +140,78 @@ def check_tensors(
         )
 
 
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str, class_dim: int) -> None:
+    """Raise unless three tensors are a linear layer and what goes into it, and its outputs are read as logits."""
+    factors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        factors["bias"] = bias
+    for name, value in factors.items():
+        _check_factor(name, value)
+    if input != "logits":
+        raise ValueError(
+            f"`input` must be 'logits' with LinearLogits, got {input!r}; leave it out, since a matmul makes logits."
+        )
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        transposed = weight.dim() == 2 and hidden.shape[-1:] == weight.shape[:1]
+        raise ValueError(
+            f"`weight` of `preds` must have the shape (classes, D) for `hidden` of shape (..., D), got "
+            f"{tuple(weight.shape)} and {tuple(hidden.shape)}; "
+            f"{'pass weight.t()' if transposed else 'pass what the head is given, and its weight'}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"`bias` of `preds` must have the shape {tuple(weight.shape[:1])}, one number for each class, got "
+            f"{tuple(bias.shape)}; leave it out if the head has none."
+        )
+    devices = [str(value.device) for value in factors.values()]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"`hidden` of `preds` must be on the device of `{'`, `'.join(list(factors)[1:])}`, got "
+            f"{', '.join(devices)}; move one with .to()."
+        )
+    if len({multiplied_in(value) for value in factors.values()}) > 1:
+        dtypes = [str(value.dtype) for value in factors.values()]
+        raise TypeError(
+            f"`hidden` of `preds` must have the dtype of `{'`, `'.join(list(factors)[1:])}`, got {', '.join(dtypes)}; "
+            "convert one with .to(), or score under the autocast that the model ran under."
+        )
+    if class_dim not in (-1, hidden.dim() - 1):
+        raise ValueError(
+            f"`class_dim` must be the last dimension with LinearLogits, got {class_dim} for logits of shape "
+            f"{(*hidden.shape[:-1], weight.shape[0])}; leave it out."
+        )
+
+
+def _check_factor(name: str, value: Any) -> None:
+    """Raise unless a value is a plain tensor of floats."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor."
+        )
+    if is_dtensor(value):
+        raise TypeError(
+            f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
+            "logits as a DTensor."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"`{name}` of `preds` must be a dense tensor, got layout {value.layout}; call .to_dense() on it."
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"`{name}` of `preds` must be float16, bfloat16, float32 or float64, got {value.dtype}; convert it with "
+            ".float()."
+        )
+
+
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """Return the dtype that a tensor is multiplied in: its own, or what autocast casts it to."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def check_binary(preds: Tensor, target: Tensor, pos_weight: Tensor | None) -> None:
     """Raise on dtypes, shapes and devices that do not fit binary predictions."""
     _check_pair(preds, target)

@@ -39,6 +39,7 @@ from xent_metrics.losses import (
     BinaryInput,
     BinaryOptions,
     Input,
+    LinearLogits,
     LossOptions,
     SmoothingOver,
     convert_label_smoothing,
@@ -74,7 +75,7 @@ __all__ = [
 
 
 def cross_entropy(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -106,7 +107,7 @@ def cross_entropy(
 
 
 def bits_per_token(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -128,7 +129,7 @@ def bits_per_token(
 
 
 def perplexity(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -150,7 +151,7 @@ def perplexity(
 
 
 def bits_per_byte(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     num_bytes: int | Tensor | None = None,
     weight: Tensor | None = None,
@@ -205,7 +206,7 @@ def binary_cross_entropy(
 
 
 def cross_entropy_decomposition(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -231,7 +232,7 @@ def cross_entropy_decomposition(
 
 
 def grouped_cross_entropy(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     group: Tensor,
     weight: Tensor | None = None,
@@ -264,7 +265,7 @@ def grouped_cross_entropy(
 
 
 def normalized_cross_entropy(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -287,8 +288,8 @@ def normalized_cross_entropy(
 
 
 def cross_entropy_difference(
-    preds_a: Tensor,
-    preds_b: Tensor,
+    preds_a: Tensor | LinearLogits,
+    preds_b: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,
@@ -313,7 +314,7 @@ def cross_entropy_difference(
 
 
 def per_target_losses(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     *,
     input: Input = "logits",
@@ -347,7 +348,7 @@ def per_target_losses(
 
 
 def tally(
-    preds: Tensor,
+    preds: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     *,

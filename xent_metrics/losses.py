@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ from torch.nn import functional as F
 
 from xent_metrics.checks import (
     check_binary,
+    check_linear,
     check_num_classes,
     check_tensors,
     free_to_look,
     is_integer,
     is_number,
+    multiplied_in,
     without,
 )
 from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
@@ -40,6 +42,12 @@ SmoothingOver = Literal["all", "others"]
 
 _BUFFER_BYTES = {"cpu": 4 * 2**20}  # About the size of two cores' L2, which was fastest of 0.25 to 16 MiB.
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20  # Enough rows to fill the device, small beside its memory.
+
+# Of logits that are made where they are scored, so many at once, together 64 MiB with a smaller buffer than that above.
+# Each matmul reads all of the head's weight: below 128 rows that shows, and above 512 nothing is gained any more.
+_LINEAR_BYTES = 63 * 2**20
+_LINEAR_BUFFER_BYTES = {"cpu": 2**20}
+_FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
 
 # How far the sum of a soft target may be from 1: float32 rounds very little, halves keep 3 digits of each probability.
 _SOFT_EXCESS = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -178,6 +186,86 @@ def _check_eps(eps: float | None, input: str) -> None:
         raise ValueError(f"`eps` clips probabilities: it goes with `input='probs'`, not {input!r}; leave it out.")
 
 
+class LinearLogits(NamedTuple):
+    """The logits `hidden @ weight.T + bias` of a language model's head, which are never there as a whole.
+
+    Pass it for `preds` wherever they are logits with classes last. Some hundred rows are multiplied at a time, turned
+    into losses and forgotten, so that the `(N, V)` logits, the largest tensor there is, need not fit into memory:
+
+        metric.update(LinearLogits(hidden, model.lm_head.weight), target)
+
+    Args:
+        hidden: What goes into the head, of shape `(..., D)`.
+        weight: The head's, of shape `(V, D)`, as `torch.nn.Linear` has it.
+        bias: The head's, of shape `(V,)`; None for none.
+
+    Shapes:
+        The logits are `(..., V)`; `target` is `(...)`, or `(..., V)` for soft targets.
+
+    Values:
+        The matmul is in the dtype of its factors, or in autocast's, as `F.linear` would do it; in half precision logits
+        are rounded as the model's own. All that follows is in float32 (float64 for float64). A matmul gives a row other
+        last bits in another batch, so values agree with those of `F.linear` to 1e-6, and not to the bit.
+
+        The factors are read when they are scored. After an optimizer's step, as in the callback's training hooks, the
+        weight is no longer the one that `hidden` goes with: return `losses` there.
+
+    Costs:
+        On the CPU the time of `F.linear` and some 10 % more, and 64 MiB; more only above 129,024 classes (twice as many
+        in half precision), as fewer than 128 rows at a time would be slow: 126 MiB for 256,000 classes in float32. On
+        accelerators, where nothing was measured, 64 MiB more. Under autocast, a copy of a weight that has another dtype
+        for each call. Targets that are `ignore_index` are not multiplied on the CPU; elsewhere the host would have to
+        wait to know them, and they are.
+
+    Raises:
+        TypeError: Where it is used: if one of the three is no tensor of floats, is a DTensor, or they differ in dtype
+            outside autocast.
+        ValueError: Where it is used: if shapes or devices do not fit, with `input` other than `"logits"`, and with
+            `class_dim` other than the last.
+
+    >>> from xent_metrics import CrossEntropy
+    >>> metric = CrossEntropy()
+    >>> metric.update(LinearLogits(torch.ones(2, 1), weight=torch.tensor([[2.0], [1.0], [0.1]])), torch.tensor([0, 0]))
+    >>> metric.compute()  # Of the logits [2.0, 1.0, 0.1], twice
+    tensor(0.4170, dtype=torch.float64)
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits, classes last."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits, as `F.linear` would make them here."""
+        return multiplied_in(self.hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the logits."""
+        return self.hidden.device
+
+    def dim(self) -> int:
+        """Return the number of dimensions of the logits."""
+        return self.hidden.dim()
+
+    def numel(self) -> int:
+        """Return the number of logits."""
+        return self.shape.numel()
+
+    def narrow(self, dim: int, start: int, length: int) -> LinearLogits:
+        """Return some positions of the logits, as a view."""
+        return self._replace(hidden=self.hidden.narrow(dim, start, length))
+
+
+Scores = TypeVar("Scores", bound=Tensor | LinearLogits)
+Rows = slice | Tensor  # Which of the rows: a range, or their indices.
+
+
 class TargetLosses(NamedTuple):
     """The losses of a batch and which of them count; each of shape (sequences, targets in a sequence).
 
@@ -224,7 +312,7 @@ class TargetLosses(NamedTuple):
 
 
 def target_losses(
-    preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None = None
+    preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None = None
 ) -> TargetLosses:
     """Compute the loss of every target, without synchronising with the device and without autograd.
 
@@ -240,11 +328,11 @@ def target_losses(
         TypeError: If a dtype is not one of those named above.
         ValueError: If shapes or devices do not fit.
     """
-    check_tensors(preds, target, options.input, options.class_dim, class_weight, options.shift)
+    check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
     with torch.no_grad():
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(preds))
-        if is_dtensor(preds):
+        if isinstance(preds, Tensor) and is_dtensor(preds):
             shard = vocab_shard(preds, options.class_dim)
             if shard is not None:
                 return _score_shard(shard, preds.shape, target, options, class_weight)
@@ -258,7 +346,7 @@ def target_losses(
         return _score_hard(preds, index, options, class_weight).as_sequences(target.shape)
 
 
-def target_entropies(preds: Tensor, target: Tensor, options: LossOptions) -> Tensor:
+def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: LossOptions) -> Tensor:
     """Compute the entropy of every target's own distribution, smoothed; flat, and for what `target_losses` accepts."""
     with torch.no_grad():
         preds, target = shifted(preds, target, options)
@@ -273,7 +361,7 @@ def target_entropies(preds: Tensor, target: Tensor, options: LossOptions) -> Ten
         for rows, probs, _ in _log_prob_blocks(target, None, copied):
             if smoothing:
                 probs.mul_(1 - smoothing).add_(smoothing / num_classes)
-            entropy[rows] = torch.special.entr(probs).sum(1)[: rows.stop - rows.start]
+            entropy[rows] = torch.special.entr(probs).sum(1)[: _number_of(rows)]
         return entropy
 
 
@@ -295,6 +383,11 @@ def binary_losses(
         TypeError: If a dtype is not one of those named above.
         ValueError: If shapes or devices do not fit.
     """
+    if isinstance(preds, LinearLogits):
+        raise TypeError(
+            "`preds` must be a tensor with yes-or-no targets, got LinearLogits; pass F.linear(hidden, weight, bias), "
+            "which is no larger than the targets."
+        )
     check_binary(preds, target, pos_weight)
     if not target.is_floating_point():
         target = as_index(target)  # Unsigned integers cannot be compared.
@@ -340,15 +433,16 @@ def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
     )
 
 
-def shifted(preds: Tensor, target: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+def shifted(preds: Scores, target: Tensor, options: LossOptions) -> tuple[Scores, Tensor]:
     """Drop the last position of `preds` and the first of `target`, as views, if that is asked for."""
     if not options.shift:
         return preds, target
     time = max(dim for dim in range(preds.dim()) if dim != options.class_dim % preds.dim())
     length = max(0, preds.shape[time] - 1)
+    first: Any = preds.narrow(time, 0, length)
     if target.is_floating_point():
-        return preds.narrow(time, 0, length), target.narrow(time, target.shape[time] - length, length)
-    return preds.narrow(time, 0, length), target[..., 1:]
+        return first, target.narrow(time, target.shape[time] - length, length)
+    return first, target[..., 1:]
 
 
 def as_index(integers: Tensor) -> Tensor:
@@ -377,9 +471,20 @@ def _sort_out(index: Tensor, num_classes: int, options: LossOptions) -> tuple[Te
     return index.masked_fill(ignored | out_of_range, 0), ignored, out_of_range
 
 
-def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
+def _outline(preds: Tensor | LinearLogits, options: LossOptions) -> Tensor:
+    """Return what can be checked as `preds` are: of logits that are not there, one number with their shape."""
+    if not isinstance(preds, LinearLogits):
+        return preds
+    check_linear(*preds, options.input, options.class_dim)
+    return preds.hidden.detach().new_empty(()).expand(preds.shape)
+
+
+def _score_hard(
+    preds: Tensor | LinearLogits, index: Tensor, options: LossOptions, class_weight: Tensor | None
+) -> TargetLosses:
     """Score flat class indices."""
     if options.input == "losses":
+        assert isinstance(preds, Tensor)
         ignored, nothing = _is_ignored(index, options), torch.zeros_like(index, dtype=torch.bool)
         return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, ignored, nothing)
     index, ignored, out_of_range = _sort_out(index, preds.shape[options.class_dim], options)
@@ -387,8 +492,11 @@ def _score_hard(preds: Tensor, index: Tensor, options: LossOptions, class_weight
     improper = torch.empty_like(ignored) if options.input == "probs" else None
     norm = None if class_weight is None else class_weight[index]
     smoothing = options.smoothing(preds.shape[options.class_dim])
-    for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper):
-        count = rows.stop - rows.start
+    scored = None
+    if isinstance(preds, LinearLogits) and free_to_look(index):
+        scored = (~(ignored | out_of_range)).nonzero().squeeze(1)
+    for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper, scored):
+        count = _number_of(rows)
         nll = torch.neg(log_probs[:count].gather(1, index[rows, None]).squeeze(1))
         if norm is not None:
             nll.mul_(norm[rows]).masked_fill_(norm[rows] == 0, 0.0)
@@ -473,7 +581,9 @@ def _max_and_misfit(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[T
     return packed[:-3], misfit
 
 
-def _score_soft(preds: Tensor, target: Tensor, options: LossOptions, class_weight: Tensor | None) -> TargetLosses:
+def _score_soft(
+    preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
+) -> TargetLosses:
     """Score targets that are distributions."""
     rows_total = preds.numel() // preds.shape[options.class_dim]
     loss = torch.empty(rows_total, dtype=compute_dtype(preds), device=preds.device)
@@ -483,7 +593,7 @@ def _score_soft(preds: Tensor, target: Tensor, options: LossOptions, class_weigh
     smoothing = options.smoothing(preds.shape[options.class_dim])
     excess = _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS)
     for rows, log_probs, probs in _log_prob_blocks(preds, target, options, improper):
-        count = rows.stop - rows.start
+        count = _number_of(rows)
         # Asked so that a NaN is none either.
         distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
         out_of_range[rows] = ~distribution[:count]
@@ -503,27 +613,39 @@ def _weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
 
 
 def _log_prob_blocks(
-    preds: Tensor, target: Tensor | None, options: LossOptions, improper: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield ranges of rows, their log-probabilities, and their soft targets where there are any.
+    preds: Tensor | LinearLogits,
+    target: Tensor | None,
+    options: LossOptions,
+    improper: Tensor | None = None,
+    scored: Tensor | None = None,
+) -> Iterator[tuple[Rows, Tensor, Tensor]]:
+    """Yield which rows, their log-probabilities, and their soft targets where there are any.
 
-    Both are views of one buffer and have at least two rows, the second one meaningless if the range has one: threads
+    Both are views of one buffer and have at least two rows, the second one meaningless if there is one: threads
     would share the `sum` over a long row that is alone, and round it differently. Rows in which a probability is
-    outside [0, 1] are marked in `improper`.
+    outside [0, 1] are marked in `improper`. Of `LinearLogits`, whose bits no kernel could keep, only rows that are
+    `scored` are made, one row may be alone, and log-probabilities take the place of the logits.
     """
-    tensors = [x.movedim(options.class_dim, -1) for x in (preds, target) if x is not None]
-    num_classes = tensors[0].shape[-1]
-    dtype = compute_dtype(preds)
-    size = _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
-    max_rows = max(2, size // (len(tensors) * num_classes * dtype.itemsize))
+    num_classes, dtype = preds.shape[options.class_dim], compute_dtype(preds)
+    soft = [] if target is None else [target.movedim(options.class_dim, -1)]
+    linear = isinstance(preds, LinearLogits)
+    size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
+    num_buffers, fewest = 1 + len(soft), 1 if linear else 2
+    max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
     num_rows = max(2, min(max_rows, preds.numel() // num_classes))
-    buffers = torch.empty(len(tensors), num_rows, num_classes, dtype=dtype, device=preds.device)
-    for rows, parts in _row_blocks(tensors, max_rows):
-        count = rows.stop - rows.start
+    buffers = torch.empty(num_buffers, num_rows, num_classes, dtype=dtype, device=preds.device)
+    blocks: Iterator[tuple[Rows, list[Tensor]]]
+    if isinstance(preds, LinearLogits):
+        blocks = _linear_blocks(preds, soft, max_rows, scored)
+    else:
+        blocks = _row_blocks([preds.movedim(options.class_dim, -1), *soft], max_rows)
+    for rows, parts in blocks:
+        count = _number_of(rows)
         filled = buffers[0, :count]
         source = parts[0]
         if options.input == "logits" and source.dtype == dtype and source.is_contiguous():
             source = source.view(filled.shape)  # The kernel can read these where they are.
+            filled = source if linear else filled
         else:
             filled.view(source.shape).copy_(source)
             source = filled
@@ -537,7 +659,49 @@ def _log_prob_blocks(
             if options.eps is not None:
                 filled.clamp_(options.eps, 1 - options.eps)
             filled.log_()
-        yield rows, buffers[0, : max(2, count)], buffers[-1, : max(2, count)]
+        count = max(fewest, count)
+        yield rows, filled if linear else buffers[0, :count], buffers[-1, :count]
+
+
+def _linear_blocks(
+    preds: LinearLogits, soft: list[Tensor], max_rows: int, scored: Tensor | None
+) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Make logits of many rows at once, in one buffer; yield at most `max_rows` of them, and their soft targets."""
+    num_classes, dtype = preds.shape[-1], preds.dtype
+    weight = preds.weight.to(dtype).t()  # Cast once, as autocast does.
+    bias = None if preds.bias is None else preds.bias.to(dtype)
+    at_once = _LINEAR_BYTES // (num_classes * dtype.itemsize)
+    at_once = max(_FEWEST_LINEAR_ROWS, min(at_once, _MOST_LINEAR_ROWS))
+    num_rows = min(at_once, preds.numel() // num_classes)
+    buffer = torch.empty(num_rows, num_classes, dtype=dtype, device=preds.device)
+    for rows, (hidden, *targets) in _hidden_blocks(preds.hidden, soft, at_once, scored):
+        logits, flat = buffer[: _number_of(rows)], hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+        if bias is None:
+            torch.mm(flat, weight, out=logits)
+        else:
+            torch.addmm(bias, flat, weight, out=logits)
+        for some, parts in _row_blocks([logits.view(*hidden.shape[:-1], num_classes), *targets], max_rows):
+            yield _among(rows, some), parts
+
+
+def _hidden_blocks(
+    hidden: Tensor, soft: list[Tensor], max_rows: int, scored: Tensor | None
+) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Yield the rows to multiply at once, all or those that are `scored`, and their soft targets."""
+    if scored is None or (hidden.is_contiguous() and len(scored) == hidden.shape[:-1].numel()):
+        yield from _row_blocks([hidden, *soft], max_rows)
+    elif len(scored):
+        for rows in scored.tensor_split(-(-len(scored) // max_rows)):
+            yield rows, [hidden[torch.unravel_index(rows, hidden.shape[:-1])]]
+
+
+def _among(rows: Rows, some: slice) -> Rows:
+    """Return some of the rows."""
+    return rows[some] if isinstance(rows, Tensor) else slice(rows.start + some.start, rows.start + some.stop)
+
+
+def _number_of(rows: Rows) -> int:
+    return len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
 
 
 def _row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -564,6 +728,6 @@ def _row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterato
         start += count
 
 
-def compute_dtype(preds: Tensor) -> torch.dtype:
+def compute_dtype(preds: Tensor | LinearLogits) -> torch.dtype:
     """Return the dtype that losses of `preds` are computed in: float64 for float64, float32 for the rest."""
     return torch.float64 if preds.dtype == torch.float64 else torch.float32

@@ -30,7 +30,7 @@ from xent_metrics.checks import (
     check_pos_weight,
     on_host,
 )
-from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LossOptions, SmoothingOver
+from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LinearLogits, LossOptions, SmoothingOver
 from xent_metrics.readings import (
     DIFFERENCE,
     DeviceReading,
@@ -325,7 +325,7 @@ class BitsPerByte(TallyMetric):
 
     def update(
         self,
-        preds: Tensor,
+        preds: Tensor | LinearLogits,
         target: Tensor,
         num_bytes: int | Tensor | None = None,
         weight: Tensor | None = None,
@@ -348,7 +348,7 @@ class BitsPerByte(TallyMetric):
 
     def _tally_batch(
         self,
-        preds: Tensor,
+        preds: Tensor | LinearLogits,
         target: Tensor,
         num_bytes: int | Tensor | None = None,
         weight: Tensor | None = None,
@@ -484,7 +484,7 @@ class CrossEntropyDecomposition(LossMetric):
         options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
         super().__init__(options, nan_policy, zero=Tally.zero(num_tallies=3), **kwargs)
 
-    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+    def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Tally:
         assert isinstance(self.options, LossOptions)
         return tally_decomposition(preds, target, weight, self.options)
 
@@ -553,7 +553,7 @@ class GroupedCrossEntropy(TallyMetric):
         self.num_groups = num_groups
         self.unit = unit
 
-    def update(self, preds: Tensor, target: Tensor, group: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, preds: Tensor | LinearLogits, target: Tensor, group: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch; see `CrossEntropy.update`.
 
         Args:
@@ -580,7 +580,9 @@ class GroupedCrossEntropy(TallyMetric):
 
         return vector
 
-    def _tally_batch(self, preds: Tensor, target: Tensor, group: Tensor, weight: Tensor | None = None) -> GroupTally:
+    def _tally_batch(
+        self, preds: Tensor | LinearLogits, target: Tensor, group: Tensor, weight: Tensor | None = None
+    ) -> GroupTally:
         assert isinstance(self.options, LossOptions)
         return tally_grouped(preds, target, group, weight, self.options, self.class_weight, self.num_groups)  # type: ignore[arg-type]
 
@@ -632,7 +634,7 @@ class NormalizedCrossEntropy(LossMetric):
         super().__init__(options, nan_policy, zero=GroupTally.zero(num_classes), **kwargs)
         self.num_classes = num_classes
 
-    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Any:
+    def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Any:
         assert isinstance(self.options, LossOptions)
         return tally_by_class(preds, target, weight, self.options, self.num_classes)
 
@@ -689,7 +691,13 @@ class CrossEntropyDifference(TallyMetric):
         options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
         super().__init__(options, nan_policy, confidence, sequence_group=sequence_group, **kwargs)
 
-    def update(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+    def update(
+        self,
+        preds_a: Tensor | LinearLogits,
+        preds_b: Tensor | LinearLogits,
+        target: Tensor,
+        weight: Tensor | None = None,
+    ) -> None:
         """Add a batch; see `CrossEntropy.update`.
 
         Args:
@@ -704,12 +712,18 @@ class CrossEntropyDifference(TallyMetric):
         """
         self._add_batch(preds_a, preds_b, target, weight)
 
-    def _tally_batch(self, preds_a: Tensor, preds_b: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+    def _tally_batch(
+        self,
+        preds_a: Tensor | LinearLogits,
+        preds_b: Tensor | LinearLogits,
+        target: Tensor,
+        weight: Tensor | None = None,
+    ) -> Tally:
         assert isinstance(self.options, LossOptions)
         return tally_difference(preds_a, preds_b, target, weight, self.options, self.sequence_group)
 
     def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
-        self, preds_a: Tensor, preds_b: Tensor, *_: Any, **__: Any
+        self, preds_a: Tensor | LinearLogits, preds_b: Tensor | LinearLogits, *_: Any, **__: Any
     ) -> None:
         super()._look_at(preds_a)
         super()._look_at(preds_b)

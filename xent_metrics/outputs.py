@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
 from xent_metrics.checks import as_token_table, check_num_classes
-from xent_metrics.losses import LossOptions, TargetLosses
+from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
 Tallies = tuple[Tally | GroupTally, ...]
@@ -37,7 +37,7 @@ class Form(NamedTuple):
         options: How `preds` is to be read.
     """
 
-    preds: Tensor
+    preds: Tensor | LinearLogits
     target: Tensor
     group: Tensor | None
     options: LossOptions
@@ -45,7 +45,7 @@ class Form(NamedTuple):
     def first(self, num_samples: int) -> Form:
         """Return the form of the first samples."""
         group = self.group if self.group is None or self.group.dim() == 0 else self.group[:num_samples]
-        return Form(self.preds[:num_samples], self.target[:num_samples], group, self.options)
+        return Form(self.preds.narrow(0, 0, num_samples), self.target[:num_samples], group, self.options)
 
 
 class Mean(NamedTuple):
@@ -136,7 +136,7 @@ class OutputReader:
         if form.group is None:
             return (whole,)
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
-        by_group = group_scored(losses, form.group, form.preds, form.target, form.options, len(self.groups), fix)
+        by_group = group_scored(losses, form.group, form.target, form.options, len(self.groups), fix)
         return (whole, *by_group)
 
     @staticmethod

@@ -21,7 +21,7 @@ from xent_metrics.batch import tally_batch
 from xent_metrics.checks import advice, describe
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.exact import widest_float
-from xent_metrics.losses import BinaryOptions, LossOptions
+from xent_metrics.losses import BinaryOptions, LinearLogits, LossOptions
 from xent_metrics.readings import (
     CLASS_TARGETS,
     DeviceReading,
@@ -276,7 +276,9 @@ class TallyMetric(Metric):
             self._look_at(*args, **kwargs)
         return batch
 
-    def _look_at(self, preds: Tensor, *_: Any, **__: Any) -> None:
+    def _look_at(self, preds: Tensor | LinearLogits, *_: Any, **__: Any) -> None:
+        if isinstance(preds, LinearLogits):
+            return  # What a matmul makes are no probabilities.
         class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
         self._looked_at_preds |= preds.numel() > 0
         found = advice(preds, self.options.input, class_dim)
@@ -327,11 +329,11 @@ class TallyMetric(Metric):
 class LossMetric(TallyMetric):
     """A metric of predictions, targets and weights."""
 
-    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
-            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64.
+            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64; or `LinearLogits`.
             target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
                 targets, floats of `preds`' shape: probabilities with a sum of 1 (to 1e-3; to 1e-2 in half precision).
             weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
@@ -346,7 +348,7 @@ class LossMetric(TallyMetric):
         """
         self._add_batch(preds, target, weight)
 
-    def _tally_batch(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> Tally:
+    def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Tally:
         assert isinstance(self.options, LossOptions)
         class_weight, token_bytes = getattr(self, "class_weight", None), getattr(self, "token_bytes", None)
         return tally_batch(preds, target, weight, self.options, class_weight, token_bytes, self.sequence_group)
