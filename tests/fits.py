@@ -182,14 +182,14 @@ def readings_of(nats: float) -> dict[str, float]:
     }
 
 
-def bounds(batches: Iterable[Scored]) -> dict[str, float]:
+def bounds(batches: Iterable[Scored], quantile: float = NORMAL_QUANTILE) -> dict[str, float]:
     """The interval of the definition, over the sequences that have targets."""
     rows = [pool([row]) for wide, y in batches for row in zip(wide, y, strict=True)]
     rows = [(nats, count) for nats, count in rows if count]
     num, weight = len(rows), sum(count for _, count in rows)
     mean = math.fsum(nats for nats, _ in rows) / weight
     squares = math.fsum((nats - mean * count) ** 2 for nats, count in rows)
-    margin = NORMAL_QUANTILE * math.sqrt(num / (num - 1) * squares) / weight
+    margin = quantile * math.sqrt(num / (num - 1) * squares) / weight
     return {
         "cross_entropy_lower": mean - margin,
         "cross_entropy_upper": mean + margin,
@@ -199,10 +199,17 @@ def bounds(batches: Iterable[Scored]) -> dict[str, float]:
 
 
 def points_of_events(folder: str | Path) -> Points:
-    """Read event files back, but for TensorBoard's lines to compare with."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not re.search("/(uniform|unigram)_", tag)]
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    """Read event files back, but for TensorBoard's lines to compare with.
+
+    In the order in which they were written: by name the tenth comes before the ninth.
+    """
+    points: Points = {}
+    for path in sorted(Path(folder).glob("events.out.tfevents.*"), key=lambda path: int(path.suffix[1:])):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            if not re.search("/(uniform|unigram)_", tag):
+                points.setdefault(tag, []).extend((e.step, e.value) for e in events.Scalars(tag))
+    return points
 
 
 def points_of_csv(folder: str | Path) -> Points:
