@@ -734,6 +734,33 @@ def test_infinite_losses_do_what_the_policy_says(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"loss": 2.0, "num_tokens": 8}, '"loss", a tensor of one float, got .*2.0'),
+        ({"loss": torch.ones(2), "num_tokens": 8}, '"loss", a tensor of one float, got a tensor .*return "losses"'),
+        ({"loss": torch.ones(()), "num_tokens": 2.7}, '"num_tokens", one integer, got .*2.7; count them'),
+        ({"loss": torch.ones(()), "num_tokens": None}, '"num_tokens", one integer, got .*None'),
+        ({"loss": torch.ones(()), "num_tokens": torch.tensor(3.0)}, '"num_tokens", one integer, got a tensor'),
+    ],
+)
+def test_a_mean_that_is_none_is_told_what_it_lacks(tmp_path, form, message) -> None:
+    """Nothing is rounded or guessed."""
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    with pytest.raises(TypeError, match=f"validation_step must return .*{message}"):
+        trainer.validate(Model(adapt=lambda *_: form), ragged_loader(1), verbose=False)
+
+
+def test_labels_count_where_the_target_is_none(tmp_path) -> None:
+    """Hugging Face outputs have keys whose value is None."""
+    module = Model(adapt=lambda stage, outputs, batch, i: outputs | {"target": None, "labels": outputs["target"]})
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    assert monitored(trainer)["val/cross_entropy"] == pytest.approx(
+        readings(module.evaluations[0][0])["cross_entropy"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
     ("stage", "returned", "seen"),
     [
         ("training", "loss and more", "['extra', 'loss']"),

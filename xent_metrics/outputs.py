@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
-from xent_metrics.checks import as_token_table, check_num_classes
+from xent_metrics.checks import as_token_table, check_num_classes, describe, is_integer, is_integral
 from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
@@ -105,14 +105,15 @@ class OutputReader:
         """
         form = outputs if self.extract is None else self.extract(outputs, batch)
         if isinstance(form, Mapping):
-            target = form.get("target", form.get("labels"))
+            target = form.get("labels") if form.get("target") is None else form["target"]
+            group = form.get("group")
             for kind, options in self._options.items():
-                if kind in form and target is not None and ("group" in form or not self.groups):
-                    group = self._as_group(form["group"], target, options) if self.groups else None
+                if kind in form and target is not None and (group is not None or not self.groups):
+                    group = self._as_group(group, target, options) if self.groups else None
                     return Form(form[kind], target, group, options)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
                 self.reads_means = True
-                return Mean(form["loss"], form["num_tokens"])
+                return _as_mean(step, form["loss"], form["num_tokens"])
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         raise ValueError(
             f"{step if self.extract is None else f'`extract`, called after {step},'} must return {self._forms()}, got "
@@ -143,9 +144,8 @@ class OutputReader:
     def tally_mean(mean: Mean) -> Tallies:
         """Tally a mean."""
         with torch.no_grad():
-            return (
-                tally_mean(mean.loss, torch.as_tensor(mean.num_tokens, dtype=torch.int64, device=mean.loss.device)),
-            )
+            num_tokens = torch.as_tensor(mean.num_tokens, dtype=torch.int64, device=mean.loss.device)
+            return (tally_mean(mean.loss.view(()), num_tokens.view(())),)
 
     def _forms(self) -> str:
         """Say what a step may return."""
@@ -175,6 +175,22 @@ class OutputReader:
                 )
             return self.groups.index(group)
         return group
+
+
+def _as_mean(step: str, loss: Any, num_tokens: Any) -> Mean:
+    """Return a mean and its count; raise if they are something else."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        raise TypeError(
+            f'{step} must return the mean over `num_tokens` targets as "loss", a tensor of one float, got '
+            f'{describe(loss)}; return "losses" and their "target" for losses of single targets.'
+        )
+    counts = isinstance(num_tokens, Tensor) and num_tokens.numel() == 1 and is_integral(num_tokens)
+    if not (counts or is_integer(num_tokens)):
+        raise TypeError(
+            f'{step} must return the number of targets that "loss" is the mean of as "num_tokens", one integer, got '
+            f"{describe(num_tokens)}; count them with (target != ignore_index).sum()."
+        )
+    return Mean(loss, num_tokens)
 
 
 def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
