@@ -348,6 +348,7 @@ def test_a_mean_alone_has_no_interval_and_no_chart_of_one(tmp_path) -> None:
     layout = read_layout(tmp_path / "run")
     assert not any(chart.HasField("margin") for chart in layout.category[0].chart)
     assert not kinds(tmp_path / "run")["references"]
+    assert not kinds(tmp_path / "run")["pictures"]  # Nothing is known of single targets.
 
 
 def test_an_infinite_validation_keeps_value_and_bounds_at_the_same_steps(tmp_path) -> None:
@@ -388,6 +389,85 @@ def test_a_test_alone_lays_out_no_empty_charts(tmp_path) -> None:
     found = kinds(tmp_path / "run")
     assert not found["layout"]
     assert "test/cross_entropy" in found["descriptions"]
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
+def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path) -> None:
+    """It says why, once, and everything else is written."""
+
+    def decode(ids: list[int]) -> str:
+        raise KeyError(ids[0])
+
+    with pytest.warns(UserWarning, match="`dashboards` has 'pictures', but drawing one failed with KeyError") as said:
+        fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(decode=decode))
+    assert sum("drawing one failed" in str(warning.message) for warning in said) == 1
+    found = kinds(tmp_path / "run")
+    assert found["summary"]
+    assert len(scalars(tmp_path / "run")["val/cross_entropy"]) == 3
+    with pytest.raises(TypeError, match=r"`decode` must turn a list of one token into text, got 'tok.decode'"):
+        CrossEntropyMonitor(decode="tok.decode")
+
+
+def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
+    """`save_hyperparameters(logger=False)` is for secrets; nested ones are flattened, and names may be numbers."""
+
+    class Secret(Table):
+        def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+            super().save_hyperparameters({"lr": 0.1, "key": "hush"}, logger=False)
+
+    class Nested(Table):
+        def save_hyperparameters(self, *args: Any, **kwargs: Any) -> None:
+            super().save_hyperparameters({"lr": 0.1, "a": {"b": {"c": 3}}, 1: "one"})
+
+    fit(TensorBoardLogger(tmp_path, name="", version="secret"), CrossEntropyMonitor(), module=Secret(), max_epochs=1)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "secret").glob("events*"))
+    assert b"hush" not in written
+    fit(TensorBoardLogger(tmp_path, name="", version="nested"), CrossEntropyMonitor(), module=Nested(), max_epochs=1)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "nested").glob("events*"))
+    assert b"a/b/c" in written
+
+
+def test_a_later_test_in_the_same_folder_keeps_the_charts(tmp_path) -> None:
+    """The layout of the fit is still there, with its intervals and loaders."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), loaders=2, max_epochs=1)
+    before = read_layout(tmp_path / "run")
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[CrossEntropyMonitor()], enable_progress_bar=False)
+    trainer.test(Table(), DataLoader(samples(7), 3), verbose=False)
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=1)
+    assert read_layout(tmp_path / "run") == before
+
+
+def test_the_page_pairs_a_value_with_its_own_interval(tmp_path) -> None:
+    """One sequence has no interval, whatever the validation before it had."""
+
+    class Shrinking(Table):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+            outputs = super().validation_step(batch, batch_idx)
+            if self.current_epoch:
+                outputs["target"] = outputs["target"].masked_fill(
+                    torch.arange(len(batch[0]))[:, None] + batch_idx > 0, -100
+                )
+            return outputs
+
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=Shrinking(), max_epochs=2)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    [row] = [line for line in page.splitlines() if line.startswith("| `val/cross_entropy`")]
+    assert row.endswith("|  |")
+
+
+def test_loaders_with_other_numbers_of_classes_are_no_trouble(tmp_path) -> None:
+    """The lines to compare with are of the largest."""
+
+    class Wider(Table):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+            outputs = super().validation_step(batch, batch_idx)
+            outputs["logits"] = torch.nn.functional.pad(outputs["logits"], (0, 12 * dataloader_idx))
+            return outputs
+
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=Wider(), loaders=2)
+    assert scalars(tmp_path / "run")["val/uniform_bits_per_token"][0][1] == pytest.approx(5)
 
 
 def test_a_monitor_can_be_copied_after_a_run(tmp_path) -> None:
@@ -461,7 +541,7 @@ def test_the_same_arguments_give_the_same_layout_and_every_tag_is_anchored() -> 
 
 
 def test_layouts_are_merged_by_title_and_the_later_one_wins() -> None:
-    """What is not named in both is kept, in the order in which it came."""
+    """What is not named in both is kept, in the order in which it came: categories, and the charts in them."""
     first = layout_pb2.Layout(category=[layout_pb2.Category(title="A"), layout_pb2.Category(title="B", closed=True)])
     second = layout_pb2.Layout(category=[layout_pb2.Category(title="B"), layout_pb2.Category(title="C")])
     merged = merge_layouts(first, second)
@@ -470,6 +550,10 @@ def test_layouts_are_merged_by_title_and_the_later_one_wins() -> None:
         ("B", False),
         ("C", False),
     ]
+    whole, part = build_layout(loaders=True), build_layout(intervals=False, overlay=True)
+    [category] = merge_layouts(whole, part).category
+    assert [chart.title for chart in category.chart] == [chart.title for chart in whole.category[0].chart]
+    assert category.chart[0] == part.category[0].chart[0]
 
 
 def test_a_layout_is_added_to_what_a_writer_has(tmp_path) -> None:
@@ -481,7 +565,7 @@ def test_a_layout_is_added_to_what_a_writer_has(tmp_path) -> None:
         add_layout(writer, build_layout(intervals=False))
     layout = read_layout(tmp_path)
     assert [category.title for category in layout.category] == ["Mine", "Likelihood"]
-    assert layout.category[1] == build_layout(intervals=False).category[0]
+    assert layout.category[1] == build_layout().category[0]
 
 
 @pytest.mark.parametrize("tag", ["val/other", "train/cross_entropy_smoothed", "epoch", "val/cross_entropyx", "lr"])
@@ -493,8 +577,11 @@ def test_tags_of_others_are_not_described(tag) -> None:
 
 def test_a_part_that_does_not_exist_is_named() -> None:
     """The error lists what there is."""
-    with pytest.raises(ValueError, match=r"`dashboards` must hold some of .*'layout'.* got 'layuot'"):
+    with pytest.raises(ValueError, match=r"`dashboards` must be a list of some of .*'layout'.* got 'layuot'"):
         CrossEntropyMonitor(dashboards=["layuot"])
+    for wrong in ("layout", None, [1], 3):
+        with pytest.raises(ValueError, match="`dashboards` must be a list of some of"):
+            CrossEntropyMonitor(dashboards=wrong)
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.

@@ -7,6 +7,7 @@ decides whether they meet is the same on all of them.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -43,14 +44,18 @@ class Boards:
     """
 
     def __init__(self, parts: Iterable[Part], readings: Sequence[str], groups: Sequence[str], prefix: str) -> None:
-        self.parts = frozenset(parts)
-        unknown = sorted(self.parts - set(get_args(Part)))
-        if unknown:
+        known = get_args(Part)
+        wrong = (
+            [parts]
+            if isinstance(parts, str) or not isinstance(parts, Iterable)
+            else [x for x in parts if x not in known]
+        )
+        if wrong:
             raise ValueError(
-                f"`dashboards` must hold some of {list(get_args(Part))}, got {unknown[0]!r}; () switches "
-                "all of them off."
+                f"`dashboards` must be a list of some of {list(known)}, got {wrong[0]!r}; () switches all of them off."
             )
-        self._rest = (readings, groups, prefix)
+        self.parts = frozenset(parts)
+        self._board_args = (readings, groups, prefix)
         self._prefix = prefix
         self._loggers: list[Any] = []
         self._boards: list[Dashboard] = []
@@ -65,7 +70,7 @@ class Boards:
         self._last: Gallery | None = None  # Of the last validation, if it was not drawn.
         self._history: list[Reached] = []
 
-    def find(self, loggers: Sequence[Any], writes: bool) -> None:
+    def attach(self, loggers: Sequence[Any], writes: bool) -> None:
         """Look for loggers to write beside.
 
         Args:
@@ -79,14 +84,15 @@ class Boards:
             return
         from xent_metrics.tensorboard import Dashboard  # noqa: PLC0415  # Nobody without a logger needs it.
 
-        if "pictures" in self.parts and find_spec("matplotlib") is None:
+        parts = self.parts
+        if "pictures" in parts and find_spec("matplotlib") is None:
             rank_zero_warn(
                 "`dashboards` has 'pictures', which need matplotlib: install it, or leave them out.", UserWarning
             )
-            self.parts -= {"pictures"}
+            parts -= {"pictures"}
         known = {id(board.writer): board for board in self._boards}
         for logger in self._loggers if writes else ():
-            board = Dashboard(logger.experiment, self.parts, *self._rest, logger_prefix=_joined(logger))
+            board = Dashboard(logger.experiment, parts, *self._board_args, logger_prefix=_joined(logger))
             known.setdefault(id(board.writer), board)
         writers = {id(logger.experiment) for logger in self._loggers} if writes else set()
         self._boards = [board for writer, board in known.items() if writer in writers]
@@ -105,8 +111,8 @@ class Boards:
         if "hparams" in self.parts:
             for logger in self._loggers:
                 logger._default_hp_metric = False  # A curve of -1, which would be the only column.
-            for board in self._boards:
-                board.log_hparams(hparams, tags)
+        for board in self._boards:
+            board.log_hparams(hparams, tags)
 
     def announce(self, values: Mapping[str, float], stage: str, step: int) -> None:
         """Describe and lay out what is about to be written, overlay it, and go on with the lines to compare it with."""
@@ -117,9 +123,9 @@ class Boards:
             # A chart leaves out what fewer than a twentieth of its points reach, and validations are few.
             self._num_train_points += 1
             if self._num_train_points % 8 == 0:
-                self._refer(step)
+                self._write_references(step)
 
-    def _refer(self, step: int) -> None:
+    def _write_references(self, step: int) -> None:
         """Write a point of each line to compare with, as far as they are known."""
         if step > self._referred_at:  # A validation may come at the step of a window.
             self._referred_at = step
@@ -128,8 +134,12 @@ class Boards:
                     board.add_reference(f"{self._prefix}val/{name}", value, step)
 
     def gallery(self, device: torch.device) -> Gallery | None:
-        """Return what is to gather a validation; None if nobody will look at it."""
-        if not self._loggers or self.parts.isdisjoint({"references", "pictures", "summary"}):
+        """Return what is to gather a validation; None if nobody will look at it.
+
+        Among several ranks it is the arguments alone that decide, as only some ranks may have a logger.
+        """
+        nobody = not self._loggers and not is_distributed()
+        if nobody or self.parts.isdisjoint({"references", "pictures", "summary"}):
             return None
         return Gallery(device, counts_classes="references" in self.parts and self._references is None)
 
@@ -149,7 +159,7 @@ class Boards:
         """
         if self._references is None and "references" in self.parts:
             self._references = _references(gallery, group)
-        self._refer(reached.step)
+        self._write_references(reached.step)
         self._num_validations += 1
         self._last = gallery
         if len(self._history) == _MOST_VALIDATIONS:
@@ -158,18 +168,28 @@ class Boards:
         if now or self._num_validations & (self._num_validations - 1) == 0:
             self._draw_last(decode)
 
-    def finish(self, page: Callable[[], str], step: int, decode: Decode | None) -> None:
-        """Draw the last validation, and write a page of what the run has reached."""
+    def finish(self, text: Callable[[], str], step: int, decode: Decode | None) -> None:
+        """Draw the last validation, and write a text on what the run has reached."""
         self._draw_last(decode)
         for board in self._boards:
             if "summary" in self.parts:
-                board.add_text("summary", page(), step)
+                board.add_text("summary", text(), step)
             board.flush()
 
     def _draw_last(self, decode: Decode | None) -> None:
         if self._last is not None:
-            for board in self._boards:
-                board.draw(self._last, self._history, self._references or {}, decode)
+            try:
+                for board in self._boards:
+                    board.draw(self._last, self._history, self._references or {}, decode)
+            except Exception as error:  # Such as one of `decode`: no picture is worth a run, nor ranks that wait.
+                warnings.warn(
+                    f"`dashboards` has 'pictures', but drawing one failed with {type(error).__name__}: {error}; mend "
+                    "`decode` if it is its error, or leave them out; there are no more pictures of this run.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                for board in self._boards:
+                    board.parts -= {"pictures"}
         self._last = None
 
 
@@ -177,21 +197,21 @@ def _references(gallery: Gallery, group: ProcessGroup | None) -> dict[str, float
     """Return the lines to compare with, the same on all ranks: two small collectives, once a run."""
     from xent_metrics.tensorboard import UNIFORM, UNIGRAM, unigram_bits  # noqa: PLC0415
 
-    counts = gallery.class_counts
+    counts = torch.cat([gallery.class_counts, gallery.num_beyond.view(1)])
     if is_distributed():
         # A rank without data does not know how many classes there are.
         size = int(max_over_ranks(torch.tensor([len(counts)], device=counts.device), group))
-        if not len(counts):
-            counts = counts.new_zeros(size)
-        counts = sum_over_ranks(counts, group) if size else counts
-    *of_classes, beyond = counts.tolist() or [0]
-    if beyond:
+        padded = torch.nn.functional.pad(gallery.class_counts, (0, size - len(counts)))
+        counts = sum_over_ranks(torch.cat([padded, counts[-1:]]), group) if size > 1 else counts
+    *of_classes, num_beyond = counts.tolist()
+    if num_beyond:
+        num_targets = sum(of_classes) + num_beyond
         rank_zero_warn(
-            f"`num_classes` must be larger than every target, but of {sum(counts)} targets {beyond} are not below "
+            f"`num_classes` must be larger than every target, but of {num_targets} targets {num_beyond} are not below "
             f"{len(of_classes)}: TensorBoard gets no lines to compare with; pass the size of the vocabulary.",
             UserWarning,
         )
-    if beyond or not any(of_classes):
+    if num_beyond or not any(of_classes):
         return {}
     return {UNIFORM: math.log2(len(of_classes)), UNIGRAM: unigram_bits(of_classes)}
 

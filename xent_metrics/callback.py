@@ -135,6 +135,7 @@ class CrossEntropyMonitor(Callback):
     """
 
     _window: Tallies
+    _validated: Tallies
 
     def __init__(
         self,
@@ -157,13 +158,15 @@ class CrossEntropyMonitor(Callback):
                 "`prefix` must be text of letters, digits, '_', '.', '-' and '/', which all loggers accept, got "
                 f"{prefix!r}."
             )
+        if decode is not None and not callable(decode):
+            raise TypeError(f"`decode` must turn a list of one token into text, got {decode!r}; pass tokenizer.decode.")
         self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes)
         self._configuration = {
             "class_dim": class_dim,
             "ignore_index": ignore_index,
             "shift": shift,
             "groups": self._outputs.groups,
-            "by_bytes": self._outputs.token_bytes is not None,
+            "token_bytes": self._outputs.token_bytes is not None,
             "prefix": prefix,
         }
         self.nan_policy: NanPolicy = nan_policy
@@ -192,9 +195,11 @@ class CrossEntropyMonitor(Callback):
             )
         self._outputs.to(trainer.strategy.root_device)
         self._group = _data_parallel_group(trainer)
-        self._boards.find(trainer.loggers, trainer.is_global_zero)
+        self._boards.attach(trainer.loggers, trainer.is_global_zero)
         if stage == "fit":
             self._forget()
+        elif stage == "validate":
+            self._boards.forget()  # It may be of other data, or of another trainer.
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             # Lightning recommends `sync_dist=True` for what is logged here, which would reduce it a second time.
             tag = rf"{re.escape(self.prefix)}(train|val|test)/({_BEST}|{'|'.join(_READINGS)}|bits_per_byte)"
@@ -285,7 +290,9 @@ class CrossEntropyMonitor(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
-        values = self._read_evaluation("val")
+        values, whole = self._read_evaluation("val")
+        if not trainer.sanity_checking:
+            self._validated = whole
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             known = (self._best, values[f"{self.prefix}val/bits_per_token"])
             self._best = min((bits for bits in known if not math.isnan(bits)), default=math.nan)
@@ -299,7 +306,8 @@ class CrossEntropyMonitor(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write what the run has reached."""
-        self._boards.finish(lambda: self._summary(trainer, pl_module), _step(trainer), self.decode)
+        last = max(0, _step(trainer) - 1)  # Of the last batch; Lightning has counted on.
+        self._boards.finish(lambda: self._summary(trainer, pl_module), last, self.decode)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
@@ -322,7 +330,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        self._log_epoch(trainer, pl_module, self._read_evaluation("test"), "test")
+        self._log_epoch(trainer, pl_module, self._read_evaluation("test")[0], "test")
 
     def _forget(self) -> None:
         # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what
@@ -331,7 +339,7 @@ class CrossEntropyMonitor(Callback):
         self._window, self._earlier, self._epoch, self._seen = zero, zero, zero, zero[:1]
         self._best = math.nan
         self._reached: dict[str, float] = {}
-        self._validated: Tallies = zero[:1]
+        self._validated = zero[:1]
         self._failed = False
         self._boards.forget()
         self._warned: set[str] = set()
@@ -366,8 +374,8 @@ class CrossEntropyMonitor(Callback):
                     tagged[f"{self.prefix}{stage}/{name}{suffix}/{group}"] = value
         return tagged
 
-    def _read_evaluation(self, stage: str) -> dict[str, float]:
-        """Read all loaders together, and each by itself; ranks meet once."""
+    def _read_evaluation(self, stage: str) -> tuple[dict[str, float], Tallies]:
+        """Read all loaders together, and each by itself, and return the tally of all too; ranks meet once."""
         gallery = self._gallery
         loaders = self._over_ranks([*self._evaluation, *([(gallery.profile,)] if gallery else [])])
         if gallery:
@@ -375,15 +383,13 @@ class CrossEntropyMonitor(Callback):
         total = loaders[0]
         for tallies in loaders[1:]:
             total = add_tallies(total, tallies)
-        if stage == "val":
-            self._validated = total[:1]
         values = self._read(stage, total, bounds=True)
         # Loaders that are read side by side have their targets in the first, and one that has all says nothing new.
         each = {i: whole for i, (whole, *_) in enumerate(loaders) if whole.unbind()[0].totals().scored}
         if len(each) > 1:
             for i, whole in each.items():
                 values |= self._read(stage, (whole,), suffix=f"/dataloader_idx_{i}")
-        return values
+        return values, total[:1]
 
     def _exactly(self, tallies: Tallies) -> list[Any]:
         """Copy tallies to the host and read them; raise if they counted what no reading can be trusted with."""
@@ -414,7 +420,10 @@ class CrossEntropyMonitor(Callback):
         """Log values of an epoch, which Lightning returns and monitors too."""
         if not trainer.sanity_checking:
             self._boards.announce(values, stage, _step(trainer))
-            self._reached |= values
+            others = {
+                tag: value for tag, value in self._reached.items() if not tag.startswith(f"{self.prefix}{stage}/")
+            }
+            self._reached = others | values
         if not trainer.barebones:  # It would warn about every name.
             pl_module.log_dict(_as_tensors(values), batch_size=1, add_dataloader_idx=False)
 
@@ -429,6 +438,8 @@ class CrossEntropyMonitor(Callback):
             "precision": trainer.precision,
             **_hparams(trainer, pl_module),
             **{f"CrossEntropyMonitor.{name}": value for name, value in self._configuration.items()},
+            "CrossEntropyMonitor.nan_policy": self.nan_policy,
+            "CrossEntropyMonitor.confidence": self.confidence,
         }
         counts = {"training": self._exactly(self._seen)[0], "the last validation": self._exactly(self._validated)[0]}
         repeated = self._gallery.profile.num_repeated if self._gallery else 0
@@ -505,11 +516,18 @@ def _step(trainer: Trainer) -> int:
 def _hparams(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return what data module and module saved, as Lightning logs it."""
     sources: list[Any] = [getattr(trainer, "datamodule", None), pl_module]
-    pairs = ((name, value) for source in sources for name, value in getattr(source, "hparams_initial", {}).items())
-    saved = {name: value for name, value in pairs if not name.startswith("_")}  # Lightning's own notes.
-    nested = {name: value for name, value in saved.items() if isinstance(value, Mapping)}
-    flat = {f"{name}/{key}": value for name, values in nested.items() for key, value in values.items()}
-    return {name: value for name, value in saved.items() if name not in nested} | flat
+    logged = [source.hparams_initial for source in sources if getattr(source, "_log_hyperparams", False)]
+    saved = {str(name): value for hparams in logged for name, value in hparams.items()}
+    return _flat({name: value for name, value in saved.items() if not name.startswith("_")})  # Lightning's own notes.
+
+
+def _flat(nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return what is in mappings within mappings, under names with a slash between theirs."""
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        within = _flat(value) if isinstance(value, Mapping) else None
+        flat |= {str(name): value} if within is None else {f"{name}/{inner}": x for inner, x in within.items()}
+    return flat
 
 
 def _is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:

@@ -6,6 +6,7 @@ tallied of them: all targets, and if wanted their bytes and their groups.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ class OutputReader:
     def tally_mean(mean: Mean) -> Tallies:
         """Tally a mean."""
         with torch.no_grad():
-            num_tokens = torch.as_tensor(mean.num_tokens, dtype=torch.int64, device=mean.loss.device)
+            num_tokens = _moved(mean.num_tokens, mean.loss.device).to(torch.int64)
             return (tally_mean(mean.loss.view(()), num_tokens.view(())),)
 
     def _forms(self) -> str:
@@ -155,7 +156,7 @@ class OutputReader:
 
     def _as_group(self, group: Any, target: Tensor, options: LossOptions) -> Tensor:
         """Return the index of every target's group, broadcastable to the targets, from names or indices."""
-        index, shape = torch.as_tensor(self._indices(group), device=target.device), target_shape(target, options)
+        index, shape = _moved(self._indices(group), target.device), target_shape(target, options)
         if index.shape != shape[: index.dim()]:
             raise ValueError(
                 f"`group` must be one for the batch, one for each sequence, or one for each target, got shape "
@@ -175,6 +176,11 @@ class OutputReader:
                 )
             return self.groups.index(group)
         return group
+
+
+def _moved(numbers: Any, device: torch.device) -> Tensor:
+    """Return numbers as a tensor on a device, without waiting for it."""
+    return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
 def _as_mean(step: str, loss: Any, num_tokens: Any) -> Mean:
@@ -201,7 +207,7 @@ def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
 def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
     if groups is None:
         return ()
-    names = tuple(groups)
+    names = tuple(groups) if isinstance(groups, Iterable) else ()
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"(?!dataloader_idx)[\w.-]+", name, re.ASCII):
             raise ValueError(
@@ -215,7 +221,12 @@ def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
 
 def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
     if isinstance(token_bytes, str):
+        if not os.path.isfile(token_bytes):
+            raise FileNotFoundError(
+                f"`token_bytes` must name a file that `torch.save(token_byte_lengths(tokenizer), file)` wrote, got "
+                f"{token_bytes!r}."
+            )
         token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
-    if isinstance(token_bytes, list | tuple) and all(isinstance(number, int) for number in token_bytes):
+    if isinstance(token_bytes, list | tuple) and all(map(is_integer, token_bytes)):
         token_bytes = torch.tensor(token_bytes, dtype=torch.int64)
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.

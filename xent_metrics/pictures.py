@@ -8,7 +8,7 @@ are, whether the model uses its context, and which tokens are hard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,7 +55,8 @@ class Profile:
         """Return the profile of a batch; targets of infinite or NaN loss count in the last bin only."""
         with torch.no_grad():
             skipped = losses.ignored | losses.out_of_range
-            bits = (losses.loss / math.log(2)).nan_to_num(nan=2 * MAX_BITS).clamp(max=2.0 * MAX_BITS)
+            bits = losses.loss / math.log(2)
+            bits = torch.where(bits.isfinite(), bits, 2.0 * MAX_BITS).clamp(max=2.0 * MAX_BITS)
             bins = (bits * BINS_PER_BIT).long().clamp(0, _NUM_BINS - 1)
             histogram = torch.zeros(_NUM_BINS, dtype=torch.int64, device=bits.device)
             histogram.scatter_add_(0, bins.flatten(), (~skipped).long().flatten())
@@ -74,6 +75,12 @@ class Profile:
     def num_repeated(self) -> int:
         """Number of samples that were left out, since another rank has them too."""
         return int(self.state[-1])
+
+    @property
+    def mean(self) -> float:
+        """Mean bits of targets of finite loss, as far as a picture needs them; NaN without targets."""
+        sums, counts = self.state[_NUM_BINS:-1].view(2, _NUM_BUCKETS).sum(1).tolist()
+        return sums * _UNIT / counts if counts else math.nan
 
     def shares(self) -> list[float]:
         """Return the share of targets in each bin of losses; all 0 without targets."""
@@ -134,14 +141,17 @@ class Gallery:
 
     Attributes:
         profile: The losses.
-        class_counts: How often each class was scored, and at the end how often none of them; empty if not counted.
+        class_counts: How often each class was scored; empty if not counted.
+        num_beyond: How often none of them.
     """
 
     def __init__(self, device: torch.device, counts_classes: bool) -> None:
         self.profile = Profile.zero(device)
         self.class_counts = torch.zeros(0, dtype=torch.int64, device=device)
+        self.num_beyond = torch.zeros((), dtype=torch.int64, device=device)
         self._counts_classes = counts_classes
-        self._room = _COLUMNS * _ROWS
+        # Where prompts are masked, most of what is kept is not shown.
+        self._room = 8 * _COLUMNS * _ROWS
         self._first: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, losses: TargetLosses, ids: Tensor | None, num_classes: int | None) -> None:
@@ -170,10 +180,12 @@ class Gallery:
         self.profile.state[-1] += num_samples
 
     def _count(self, ids: Tensor, scored: Tensor, num_classes: int) -> None:
-        if not len(self.class_counts):
-            self.class_counts = self.class_counts.new_zeros(num_classes + 1)
-        index = ids.masked_fill((ids < 0) | (ids >= num_classes), num_classes)
-        self.class_counts.scatter_add_(0, index.flatten(), scored.long().flatten())
+        missing = num_classes - len(self.class_counts)  # Loaders may have other numbers of classes.
+        self.class_counts = torch.nn.functional.pad(self.class_counts, (0, max(0, missing)))
+        known = (ids >= 0) & (ids < num_classes)
+        self.num_beyond = self.num_beyond + (scored & ~known).sum()
+        index = ids.masked_fill(~known, 0).flatten()
+        self.class_counts.scatter_add_(0, index, (scored & known).long().flatten())
 
     def page(self, decode: Decode | None) -> Page:
         """Return the first text of this rank."""
@@ -186,19 +198,16 @@ class Gallery:
         return page
 
 
-def draw_distribution(profile: Profile, title: str, uniform: float | None) -> bytes:
-    """Draw how many targets had which loss."""
+def draw_distribution(profile: Profile, title: str, references: Mapping[str, float]) -> bytes:
+    """Draw how many targets had which loss, beside lines to compare with (names and bits)."""
     figure, axes = _figure(title)
     shares = profile.shares()
     shown = max(8 * BINS_PER_BIT, 1 + max((i for i, share in enumerate(shares) if share > 0), default=0))
     edges = [i / BINS_PER_BIT for i in range(shown)]
     axes.bar(edges, shares[:shown], width=1 / BINS_PER_BIT, align="edge", color="#4c78a8")
-    half = next((i for i in range(len(shares)) if sum(shares[: i + 1]) >= 0.5), 0)
-    axes.axvline(
-        (half + 0.5) / BINS_PER_BIT, color="#333333", linestyle=":", label="half of the targets are left of this"
-    )
-    if uniform is not None:
-        axes.axvline(uniform, color="#e45756", linestyle="--", label=f"uniform guess, {uniform:.2f} bits")
+    axes.axvline(profile.mean, color="#333333", linestyle=":", label=f"mean, {profile.mean:.2f} bits")
+    for (name, bits), style in zip(references.items(), _REFERENCE_STYLES, strict=False):
+        axes.axvline(bits, label=f"{name}, {bits:.2f} bits", **style)
     beyond = f"; {MAX_BITS} or more in the last bar" if shares[-1] else ""
     axes.set_xlabel(f"loss of a target in bits (0: it was certain and right{beyond})")
     axes.set_ylabel("share of the targets")
@@ -207,13 +216,14 @@ def draw_distribution(profile: Profile, title: str, uniform: float | None) -> by
     return _png(figure)
 
 
-def draw_positions(profile: Profile, title: str, uniform: float | None) -> bytes:
-    """Draw the mean loss by position in the sequence."""
+def draw_positions(profile: Profile, title: str, references: Mapping[str, float]) -> bytes:
+    """Draw the mean loss by position in the sequence, beside lines to compare with."""
     figure, axes = _figure(title)
     positions, bits = profile.by_position()
     axes.plot([position + 1 for position in positions], bits, color="#4c78a8", marker="o", markersize=3)
-    if uniform is not None:
-        axes.axhline(uniform, color="#e45756", linestyle="--", label=f"uniform guess, {uniform:.2f} bits")
+    for (name, level), style in zip(references.items(), _REFERENCE_STYLES, strict=False):
+        axes.axhline(level, label=f"{name}, {level:.2f} bits", **style)
+    if references:
         axes.legend(frameon=False)
     if positions and positions[-1] > 128:
         axes.set_xscale("log")
@@ -221,6 +231,12 @@ def draw_positions(profile: Profile, title: str, uniform: float | None) -> bytes
     axes.set_xlabel("position in the sequence (it falls where the model uses its context)")
     axes.set_ylabel("mean loss in bits")
     return _png(figure)
+
+
+_REFERENCE_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#e45756", "linestyle": "--"},
+    {"color": "#f0a030", "linestyle": "-."},
+)
 
 
 def draw_interval(history: Sequence[Reached], title: str) -> bytes:
@@ -335,8 +351,8 @@ def _draw_scale(draw: Any, font: Any, most: float) -> None:
     every = max(1, math.ceil(most / 8))
     for bits in range(0, math.floor(most) + 1, every):
         draw.text((left + bits * length / most, top + 15), str(bits), font=font, fill="black", anchor="ma")
-    words = "bits: light was expected, dark was a surprise"
-    draw.text((left + length + 20, top), words, font=font, fill="black")
+    for line, words in enumerate(("bits: light was expected, dark was a surprise", "| a sequence begins")):
+        draw.text((left + length + 20, top - 4 + 18 * line), words, font=font, fill="black")
 
 
 def _colour(share: float) -> tuple[int, int, int]:

@@ -26,7 +26,8 @@ from xent_metrics.pictures import (
 from xent_metrics.readings import ExactReading
 
 try:
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
     from tensorboard.compat.proto.tensor_pb2 import TensorProto
     from tensorboard.compat.proto.types_pb2 import DT_STRING
@@ -54,7 +55,8 @@ _DEFINITIONS = {
     UNIFORM: "A line to compare with: `log2` of the number of classes, in **bits**. A model that knows nothing is "
     "here.",
     UNIGRAM: "A line to compare with: the entropy in **bits** of how frequent each class is among the targets of the "
-    "validation. A model that knows the frequencies, and uses no context, is here.",
+    "validation. A model that knows these frequencies, and uses no context, is here; as an estimate it is too low "
+    "where there are few targets for each class.",
 }
 
 
@@ -111,8 +113,18 @@ def _add_lines(category: layout_pb2.Category, title: str, tags: Iterable[str]) -
 
 
 def merge_layouts(*layouts: layout_pb2.Layout) -> layout_pb2.Layout:
-    """Return the categories of all layouts; of two with one title, the later one."""
-    categories = {category.title: category for layout in layouts for category in layout.category}
+    """Return the categories and charts of all layouts; of two charts with one title in a category, the later one."""
+    categories: dict[str, layout_pb2.Category] = {}
+    for category in (category for layout in layouts for category in layout.category):
+        before = categories.get(category.title, layout_pb2.Category())
+        old, new = ({chart.title: chart for chart in each.chart} for each in (before, category))
+        charts = (
+            {**old, **new}
+            if new.keys() <= old.keys()
+            else {**new, **{title: old[title] for title in old if title not in new}}
+        )
+        merged = layout_pb2.Category(title=category.title, closed=category.closed, chart=list(charts.values()))
+        categories[category.title] = merged
     return layout_pb2.Layout(category=list(categories.values()))
 
 
@@ -122,7 +134,10 @@ def add_layout(writer: SummaryWriter, layout: layout_pb2.Layout) -> None:
     TensorBoard shows the last layout of a run only, and `SummaryWriter.add_custom_scalars` writes what it is given.
     """
     writer.flush()
-    others = read_layout(writer.log_dir)
+    _write_layout(writer, layout, read_layout(writer.log_dir))
+
+
+def _write_layout(writer: SummaryWriter, layout: layout_pb2.Layout, others: layout_pb2.Layout | None) -> None:
     merged = layout if others is None else merge_layouts(others, layout)
     tensor = TensorProto(dtype=DT_STRING, string_val=[merged.SerializeToString()])
     value = Summary.Value(tag=metadata.CONFIG_SUMMARY_TAG, tensor=tensor, metadata=metadata.create_summary_metadata())
@@ -186,6 +201,7 @@ class Dashboard:
         self._stages = (f"{prefix}train/", f"{prefix}val/")  # Those that have charts.
         self._announced: set[str] = set()
         self._layout: layout_pb2.Layout | None = None
+        self._layouts = _LayoutReader(writer.log_dir)
         self._overlaid: dict[str, SummaryWriter] = {}
 
     def announce(self, tags: Iterable[str]) -> None:
@@ -216,7 +232,8 @@ class Dashboard:
         )
         if layout != self._layout:
             self._layout = layout
-            add_layout(self.writer, layout)
+            self.writer.flush()
+            _write_layout(self.writer, layout, self._layouts.read())
 
     def log_hparams(self, hparams: Mapping[str, Any], tags: Sequence[str]) -> None:
         """Write the row of this run in the table of hyperparameters, whose values are those of its tags."""
@@ -245,18 +262,22 @@ class Dashboard:
         """
         if "pictures" not in self.parts:
             return
-        uniform, reached = references.get(UNIFORM), history[-1]
+        reached = history[-1]
         caption = _caption(reached)
-        pictures = {
-            "distribution": draw_distribution(gallery.profile, f"Losses: {caption}", uniform),
-            "by_position": draw_positions(gallery.profile, f"By position: {caption}", uniform),
-        }
+        lines = {name.partition("_")[0]: bits for name, bits in references.items()}
+        pictures = {}
+        if any(gallery.profile.shares()):  # Nothing is known of single targets where steps return means.
+            pictures["distribution"] = draw_distribution(gallery.profile, f"Losses: {caption}", lines)
+        if len(gallery.profile.by_position()[0]) > 1:
+            pictures["by_position"] = draw_positions(gallery.profile, f"By position: {caption}", lines)
         known = [one for one in history if math.isfinite(one.lower) and math.isfinite(one.upper)]
         if len(known) > 1:
             pictures["interval"] = draw_interval(known, f"Validation: {caption}")
         page = gallery.page(decode)
         if any(page.texts):
-            pictures["surprisal"] = draw_page(page, f"What each cost: {caption}", min(uniform or 8.0, 10.0))
+            pictures["surprisal"] = draw_page(
+                page, f"What each cost: {caption}", min(references.get(UNIFORM, 8.0), 10.0)
+            )
         for name, png in pictures.items():
             self._add_picture(f"{self._prefix}val/{name}", png, reached.step)
 
@@ -311,14 +332,31 @@ def _caption(reached: Reached) -> str:
 
 
 def read_layout(log_dir: str | Path) -> layout_pb2.Layout | None:
-    """Return the last layout that was written to a run, if any."""
-    layout = None
-    for path in sorted(Path(log_dir).glob("events.out.tfevents.*")):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.tag == metadata.CONFIG_SUMMARY_TAG:
-                    layout = layout_pb2.Layout.FromString(value.tensor.string_val[0])
-    return layout
+    """Return the last layout that was written to a run in a local folder, if any."""
+    return _LayoutReader(log_dir).read()
+
+
+class _LayoutReader:
+    """Reads event files for their last layout, and what has been read only once: a run that goes on may be large."""
+
+    def __init__(self, log_dir: str | Path) -> None:
+        self._log_dir = Path(log_dir)
+        self._loaders: dict[Path, RawEventFileLoader] = {}
+        self._last: layout_pb2.Layout | None = None
+
+    def read(self) -> layout_pb2.Layout | None:
+        for path in sorted(self._log_dir.glob("events.out.tfevents.*")):
+            if path.is_file():
+                loader = self._loaders.setdefault(path, RawEventFileLoader(str(path)))
+                for record in loader.Load():
+                    if metadata.CONFIG_SUMMARY_TAG.encode() in record:  # Most records need not be understood.
+                        self._understand(record)
+        return self._last
+
+    def _understand(self, record: bytes) -> None:
+        for value in Event.FromString(record).summary.value:
+            if value.tag == metadata.CONFIG_SUMMARY_TAG:
+                self._last = layout_pb2.Layout.FromString(value.tensor.string_val[0])
 
 
 def unigram_bits(counts: Sequence[int]) -> float:
@@ -346,7 +384,7 @@ def summarise(
     rows = []
     for tag, value in values.items():
         stage, _, name = tag.removeprefix(prefix).partition("/")
-        if name.endswith(("_lower", "_upper")):
+        if re.fullmatch("(cross_entropy|perplexity)_(lower|upper)", name):
             continue
         base, unit = ("cross_entropy", math.log(2)) if name == "bits_per_token" else (name, 1.0)
         bounds = [values.get(f"{prefix}{stage}/{base}_{end}") for end in ("lower", "upper")]

@@ -61,12 +61,14 @@ def describe(data: CharData, model: CharModel, trainer: Trainer, seconds: float)
     """Return what the figures are figures of."""
     corpus = data.corpus
     num_train, num_validation = (sum(map(len, documents)) for documents in (corpus.train, corpus.validation))
+    limit = trainer.limit_val_batches
+    scored = "each scored once" if limit == 1.0 else f"of which a validation scores limit_val_batches={limit}"
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return "\n".join(
         (
             f"Text      {corpus.source}, sha256 {corpus.sha256}",
             f"Training  {num_train:,} characters",
-            f"Held out  {corpus.split}: {num_validation:,} characters, each scored once, rows of up to {data.window}",
+            f"Held out  {corpus.split}: {num_validation:,} characters, {scored}, rows of up to {data.window}",
             f"Model     {num_parameters:,} parameters, {trainer.global_step:,} steps in {seconds:.0f} s",
             f"Threads   {torch.get_num_threads()}",
         )
