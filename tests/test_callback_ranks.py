@@ -1003,3 +1003,17 @@ def test_dashboards_are_of_all_ranks_and_written_once(tmp_path, idle) -> None:
     page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
     assert f"left out of the last validation: {0 if idle else 1}." in page
     assert f"| the last validation | {len(targets)} |" in page
+
+
+def fit_with_a_logger_on_one_rank(folder: Path) -> dict[str, str]:
+    """Give a logger to the first rank only, as some do."""
+    trainer = make_trainer(CrossEntropyMonitor(), folder=folder if torch.distributed.get_rank() == 0 else None)
+    trainer.fit(Table("logits"), loader(16), loader(5))
+    return own(trainer.callback_metrics)
+
+
+def test_a_logger_on_one_rank_does_not_hang(tmp_path) -> None:
+    """What is gathered for TensorBoard must not depend on who writes it."""
+    first, second = run_ranks(2, fit_with_a_logger_on_one_rank, tmp_path / "log", tmp_path=tmp_path, timeout=60)
+    assert first == second
+    assert "val/unigram_bits_per_token" in logged(tmp_path / "log")
