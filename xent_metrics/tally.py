@@ -45,7 +45,6 @@ from xent_metrics.exact import (
     carry_in_place,
     cut,
     products,
-    split,
     to_float,
     to_int,
     widest_float,
@@ -342,14 +341,17 @@ def tally_groups(losses: TargetLosses, weight: Tensor | None, group: Tensor, num
         num_groups: Groups are in `[0, num_groups)`; targets of others are counted apart.
     """
     column = torch.where((group >= 0) & (group < num_groups), group, num_groups).flatten()
-    flat = losses.map(lambda x: x.view(1, -1))
-    weight = None if weight is None else weight.reshape(1, -1)  # It may have been expanded.
+    flat = losses.map(lambda x: at_hand(x.view(1, -1)))
+    weight = None if weight is None else at_hand(weight.reshape(1, -1))  # It may have been expanded.
     total = GroupTally.zero(num_groups, column.device)
     for start in range(0, column.numel(), _BLOCK_GROUPED):
         block = (slice(None), slice(start, start + _BLOCK_GROUPED))
         part = _classify(flat.at(block), None if weight is None else weight[block])
-        rows = torch.cat([part.each_limb(), part.each_count()])
-        total.state.index_add_(1, column[block[1]], rows)
+        rows, numbers = part.each()
+        sums = total.state.new_zeros(len(rows), num_groups + 1)
+        sums.index_add_(1, column[block[1]], torch.as_tensor(numbers))
+        for row, found in zip(rows, sums, strict=True):
+            add_to(total.state[row], found)
     return total
 
 
@@ -482,19 +484,21 @@ class _Classified(NamedTuple):
             if mask is not None:
                 add_to(counts[i : i + 1], mask.sum())
 
-    def each_limb(self) -> Tensor:
-        """Return the limbs of every loss and then those of every weight, flat, on a new first dimension."""
-        loss = split(self.loss.flatten())
+    def each(self) -> tuple[list[int], Any]:
+        """Return which rows of a `GroupTally` anything is added to, and what every target, flat, adds to them."""
+        low = range(NUM_LIMBS - self.num_limbs, NUM_LIMBS)
+        floats = dict(zip(low, cut(self.loss, self.num_limbs), strict=True))
+        masks = {2 * NUM_LIMBS + i: mask for i, mask in enumerate(self.reasons, start=1) if mask is not None}
+        everywhere = self.loss == self.loss  # As a NaN is not, but there is none left.
+        masks[2 * NUM_LIMBS] = everywhere if self.skipped is None else ~self.skipped
         if self.norm is not None:
-            return torch.cat([loss, split(self.norm.flatten())])
-        ones = torch.ones_like(loss[0]) if self.left_out is None else (~self.left_out).flatten().to(torch.int64)
-        return torch.cat([loss, _limbs_of(ones)])
-
-    def each_count(self) -> Tensor:
-        """Return what every target adds to `TARGET_COUNTS`, flat, on a new first dimension."""
-        nowhere = torch.zeros_like(self.loss, dtype=torch.bool)
-        skipped, *masks = (nowhere if mask is None else mask for mask in (self.skipped, *self.reasons))
-        return torch.stack([~skipped, *masks]).flatten(1)
+            floats |= {NUM_LIMBS + i: limb for i, limb in zip(low, cut(self.norm, self.num_limbs), strict=True)}
+        else:
+            masks[NUM_LIMBS + 2] = everywhere if self.left_out is None else ~self.left_out
+        numbers, xp = zeros_beside(self.loss, len(floats) + len(masks), self.loss.shape[1]), namespace(self.loss)
+        numbers[: len(floats)] = xp.stack([*floats.values()])[:, 0]
+        numbers[len(floats) :] = xp.stack([*masks.values()])[:, 0]
+        return [*floats, *masks], numbers
 
 
 def _sum_targets(limbs: list[Any], sums: Any) -> None:
