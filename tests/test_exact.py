@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import UNIT, finite_losses, relaxed
-from xent_metrics.exact import LIMIT, carry, split, to_float, to_int
+from xent_metrics.exact import LIMIT, NUM_LOW_LIMBS, carry, cut, products, split, to_float, to_int
 
 BELOW_LIMIT = {torch.float32: LIMIT - 2.0**70, torch.float64: math.nextafter(LIMIT, 0.0)}
 HALF = 2.0**-65
@@ -132,3 +133,30 @@ def test_to_float(values: list[float]) -> None:
             actual = to_float(form, dtype)
             assert actual.dtype == dtype
             assert abs(Fraction(actual.item()) - expected) <= abs(expected) * Fraction(relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_limbs_stand_for_all(dtype: torch.dtype) -> None:
+    """Of numbers below `2**30`, the two lowest limbs hold what all five do, in a tensor and in an array."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(20_000, generator=generator, dtype=torch.float64) * 2 - 1
+    x = (x * 2.0 ** torch.randint(-100, 31, x.shape, generator=generator)).to(dtype)
+    low = torch.stack(cut(x, NUM_LOW_LIMBS)).to(torch.int64)
+
+    assert [to_int(column) for column in low.T.tolist()] == [to_int(column) for column in split(x).T.tolist()]
+    assert np.array_equal(np.stack(cut(x.numpy(), NUM_LOW_LIMBS)), low.double().numpy())
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+@pytest.mark.parametrize("size", [1, 2, 64, 65, 2**14])
+def test_products(size: int, kind: str) -> None:
+    """Sums of products of integers of 62 bits are those of Python, also of many as large as can be, of either sign."""
+    generator = torch.Generator().manual_seed(size)
+    largest = 2**62 - 1
+    numbers = torch.randint(-largest, largest, (size, 3), generator=generator)
+    numbers[:, 2] = largest * numbers[:, 2].sign()
+    for columns in (numbers, torch.full_like(numbers, largest), torch.full_like(numbers, -largest), numbers >> 40):
+        rows = columns.T.tolist()
+        limbs = products(columns.clone() if kind == "tensor" else columns.clone().numpy()).tolist()
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 2), (2, 2)):
+            assert to_int(limbs[i][j]) == sum(a * b for a, b in zip(rows[i], rows[j], strict=True))

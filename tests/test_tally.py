@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections import Counter
 from fractions import Fraction
@@ -353,3 +354,24 @@ def test_only_tallies_of_a_kind_are_added() -> None:
     for wrong in (groups.state.float(), groups.state[:-1], groups.state[0]):
         with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of 18 rows, got"):
             GroupTally(wrong)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (64, 1), (8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_seen_of_a_batch_changes_nothing(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at the values, which spares limbs and masks, gives the bits of a tally that was made without one."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = [2.0**e for e in (-70, -30, 0, 14, 19.999999, 20, 20.000001, 26, 31, 33, 60)]  # 64 targets of 2**20 nats.
+    batches = []
+    for size, weigh, special in itertools.product(sizes, (None, 1.0, 2.0**19, 2.0**46), (None, math.nan, math.inf)):
+        losses = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * size
+        losses[0, -1] = size if special is None else special
+        weight = None if weigh is None else torch.rand(shape, generator=generator, dtype=torch.float64) * weigh
+        ignored = torch.rand(shape, generator=generator) < (0.3 if weigh != 1.0 else 0)
+        batches.append((TargetLosses(losses.to(dtype), None, ignored, None), weight))
+    seen = [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]
+    monkeypatch.setattr("xent_metrics.checks.free_to_look", lambda _: False)
+
+    assert seen == [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]

@@ -17,12 +17,16 @@ from torch import Tensor
 from xent_metrics.checks import (
     BYTES_LIMIT,
     WEIGHT_LIMIT,
+    any_of,
+    at_hand,
     check_device,
     check_group,
     check_hard,
     check_num_bytes,
     check_weight,
+    extremes,
     free_to_look,
+    no_graph,
     raises_now,
     without,
 )
@@ -80,7 +84,7 @@ def score_batch(
 
     With `token_bytes`, the same losses come a second time, with bytes for a denominator.
     """
-    with torch.no_grad():
+    with no_graph():
         losses, weight = _score(preds, target, weight, options, class_weight)
         if token_bytes is None:
             raise_invalid(losses, weight, preds, target, options)
@@ -197,7 +201,8 @@ def tally_decomposition(
         entropies = losses._replace(loss=target_entropies(preds, target, options).view_as(losses.loss))
         weighted = losses.loss if weight is None or weight.dtype == torch.bool else losses.loss * weight
         finite = weighted.abs() < LIMIT
-        parts = (losses, *(entropies._replace(ignored=losses.ignored | left_out) for left_out in (~finite, finite)))
+        left_out = (any_of(losses.ignored, part) for part in (~finite, finite))
+        parts = (losses, *(entropies._replace(ignored=ignored) for ignored in left_out))
         return Tally.stack(*(tally_losses(part, weight) for part in parts))
 
 
@@ -299,19 +304,27 @@ def raise_invalid(
 
     What is `counted` raises on all ranks when it is read, and therefore not now if there are several.
     """
+    valued = weight is not None and weight.dtype != torch.bool
+    if losses.out_of_range is None and losses.improper is None and not valued:
+        return
     if not (raises_now if counted else free_to_look)(losses.loss):
         return
     looked_at = _looked_at(losses, weight)
-    outside = losses.out_of_range & looked_at
-    if outside.any():
-        raise ValueError(_explain_target(outside.view(-1), preds, target, options, num_ids))
-    if losses.improper is not None and (improper := losses.improper & looked_at).any():
+    wrong = _where_looked_at(losses.out_of_range, looked_at)
+    if wrong is not None:
+        raise ValueError(_explain_target(wrong.view(-1), preds, target, options, num_ids))
+    improper = _where_looked_at(losses.improper, looked_at)
+    if improper is not None:
         raise ValueError(
             f"`preds` must hold probabilities in [0, 1] with `input='probs'`, got {int(improper.sum())} targets for "
             "which they are not; pass input='logits' if they are scores."
         )
-    if weight is not None and weight.dtype != torch.bool:
-        invalid = weight[looked_at & ~((weight > 0) & (weight < WEIGHT_LIMIT))]
+    if weight is not None and valued:
+        low, high = extremes(at_hand(weight))
+        if low >= 0 and high < WEIGHT_LIMIT:
+            return
+        invalid = ~((weight > 0) & (weight < WEIGHT_LIMIT))
+        invalid = weight[invalid if looked_at is None else invalid & looked_at]
         if invalid.numel():
             raise ValueError(
                 f"`weight` must hold finite numbers that are not negative (and below 2**47), got {invalid.numel()} "
@@ -319,9 +332,18 @@ def raise_invalid(
             )
 
 
-def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor:
-    """Say which targets are to be scored, if nothing is wrong with them."""
-    return ~losses.ignored if weight is None else ~losses.ignored & (weight != 0)
+def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor | None:
+    """Say which targets are to be scored, if nothing is wrong with them; None for all."""
+    left_out = any_of(losses.ignored, None if weight is None else weight == 0)
+    return None if left_out is None else ~left_out
+
+
+def _where_looked_at(mask: Tensor | None, looked_at: Tensor | None) -> Tensor | None:
+    """Say where a mask is true for targets that are to be scored; None for nowhere."""
+    if mask is None or not mask.any():
+        return None
+    mask = mask if looked_at is None else mask & looked_at
+    return mask if mask.any() else None
 
 
 def _explain_target(
@@ -379,7 +401,8 @@ def _raise_groupless(
     if not raises_now(group):
         return
     looked_at = _looked_at(losses, weight)
-    bad = group[looked_at & ~((group >= 0) & (group < num_groups))]
+    bad = (group < 0) | (group >= num_groups)
+    bad = group[bad if looked_at is None else bad & looked_at]
     if bad.numel():
         raise ValueError(
             f"`group` must hold integers in [0, {num_groups}), got {bad.numel()} that are not, such as "

@@ -7,8 +7,13 @@ read.
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import or_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +27,7 @@ WEIGHT_LIMIT = 2.0**47
 BYTES_LIMIT = 2**47
 """Numbers of bytes of a batch are below this, so that they can be summed for ever."""
 
+_NOTHING_TO_DO = nullcontext()
 _TOKEN_BYTES_LIMIT = 2**24  # Exact in float32 too.
 _BLOCK_LOOKED_AT = 2**18  # Scores that are looked at together.
 _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
@@ -29,7 +35,12 @@ _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look
 
 def free_to_look(values: Tensor) -> bool:
     """Say whether values can be looked at: that would stall an accelerator, and compiled code cannot branch on them."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
+def no_graph() -> AbstractContextManager[None]:
+    """Build no graph; `torch.no_grad`, where that is not so already."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING_TO_DO
 
 
 def raises_now(values: Tensor) -> bool:
@@ -38,6 +49,71 @@ def raises_now(values: Tensor) -> bool:
     Among several ranks one that raised would let the others wait for it; what is counted raises on all of them.
     """
     return free_to_look(values) and not is_distributed()
+
+
+def at_hand(x: Tensor) -> Any:
+    """Return a NumPy array of the same memory where looking at values is free; elsewhere the tensor itself.
+
+    On a handful of numbers PyTorch spends a microsecond or more on an operator, NumPy some tenths of one, and an update
+    of a small batch is a hundred of them. What follows is to be code that both run alike (operators, also in place;
+    slices, also assigned to; `sum`, `any`, `round`, `reshape`, and functions of `namespace`), and the same integers.
+    """
+    if not free_to_look(x):
+        return x
+    return x.detach().numpy() if x.requires_grad else x.numpy()
+
+
+def namespace(x: Any) -> Any:
+    """Return the module whose functions take what `at_hand` returned."""
+    return torch if isinstance(x, Tensor) else np
+
+
+def zeros_beside(x: Any, *shape: int) -> Any:
+    """Return int64 zeros of the same kind, on the same device."""
+    return x.new_zeros(shape, dtype=torch.int64) if isinstance(x, Tensor) else np.zeros(shape, np.int64)
+
+
+def add_to(numbers: Any, values: Any) -> None:
+    """Add in place; as a statement, `a[i] += b` would have a tensor also copy the sum to where it is already."""
+    numbers += values
+
+
+def times(x: Any, y: Any) -> Any:
+    """Return the product, which is NaN for an infinity and 0 without a warning of NumPy's."""
+    if isinstance(x, Tensor):
+        return x * y
+    with np.errstate(invalid="ignore"):
+        return x * y
+
+
+def cleared(x: Any, mask: Any) -> Any:
+    """Return numbers with 0 where a mask is true; None masks nothing."""
+    if mask is None:
+        return x
+    return x.masked_fill(mask, 0.0) if isinstance(x, Tensor) else np.where(mask, 0.0, x)
+
+
+def present(mask: Any) -> Any:
+    """Return a mask; None, with which there is less to do, if there is none or a free look shows it true nowhere."""
+    return None if mask is None or (isinstance(mask, np.ndarray) and not mask.any()) else mask
+
+
+def any_of(*masks: Any) -> Any:
+    """Say where any of several masks is true; None for nowhere."""
+    found = [mask for mask in masks if mask is not None]
+    return reduce(or_, found) if found else None
+
+
+def outside(mask: Any, other: Any) -> Any:
+    """Say where the one mask is true and the other is not; None for nowhere."""
+    return mask if mask is None or other is None else mask & ~other
+
+
+def extremes(values: Any) -> tuple[float, float]:
+    """Return the least and the largest value: infinities if they may not be looked at, NaNs if there is one."""
+    if not isinstance(values, np.ndarray) or not values.size:
+        return -math.inf, math.inf
+    return np.minimum.reduce(values, None).item(), np.maximum.reduce(values, None).item()
 
 
 def on_host(values: Any) -> Any:

@@ -93,7 +93,7 @@ class VocabShard(NamedTuple):
 
 def is_dtensor(x: Tensor) -> bool:
     """Say whether a tensor is spread over ranks, without importing what would be needed to ask its class."""
-    return hasattr(x, "placements") and hasattr(x, "device_mesh")
+    return type(x) is not Tensor and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
 def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:

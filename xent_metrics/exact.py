@@ -14,17 +14,29 @@ the next one; and the total must stay below `2**127`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xent_metrics.checks import add_to, namespace, zeros_beside
+
 NUM_LIMBS = 5
+NUM_LOW_LIMBS = 2
 LIMB_BITS = 32
 LIMB_MASK = 2**LIMB_BITS - 1
 
 FRACTION_BITS = 64
 """The lowest limb counts multiples of `2**-FRACTION_BITS`."""
+
+_HALVES = 0x8000_8000_8000_8000 - 2**64
+"""The highest bit of each 16 bits of an int64."""
+
+_FEW = 64
+"""Up to so many rows of integers NumPy's plain loop is done before a matrix product of floats has begun."""
 
 LIMIT = 2.0**94
 """The first magnitude that is counted as infinite instead of being summed."""
@@ -36,29 +48,86 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 
 def split(x: Tensor) -> Tensor:
-    """Cut finite floats of magnitude below `LIMIT` into limbs, the top one first, on a new first dimension.
+    """Cut finite floats of magnitude below `LIMIT` into limbs, the top one first, on a new first dimension."""
+    return torch.stack(cut(x)).to(torch.int64)
+
+
+def cut(x: Any, num_limbs: int = NUM_LIMBS) -> list[Any]:
+    """Cut finite floats, a tensor or an array, into limbs that are floats still, the top one first.
 
     `trunc`, not `floor`: a small negative number minus its floor is not representable. So the limbs of a value
     all carry its sign, and only `carry` makes them digits.
+
+    Args:
+        x: Of magnitude below `LIMIT`.
+        num_limbs: `NUM_LIMBS`; or `NUM_LOW_LIMBS`, the two lowest, for numbers that are known to be below `2**31`. The
+            upper one, `trunc(x * 2**32)`, then stands for the three that are not there too.
     """
-    top = (x * 2.0**-64).trunc()
-    limbs = [top]
-    x = torch.sub(x, top, alpha=2.0**64) * 2.0**-32
-    for _ in range(3):
-        whole = x.trunc()
-        limbs.append(whole)
-        x = (x - whole) * 2.0**32
-    limbs.append(x.round())
-    return torch.stack(limbs).to(torch.int64)
+    trunc = namespace(x).trunc
+    if num_limbs == NUM_LOW_LIMBS:
+        limbs, x = [], x * 2.0**32
+    else:  # The top limb is taken off before anything is scaled down, for which a float32 may be too small.
+        limbs = [trunc(x * 2.0**-64)]
+        x = (x - limbs[0] * 2.0**64) * 2.0**-32
+    while len(limbs) < num_limbs - 1:
+        limbs.append(trunc(x))
+        x = (x - limbs[-1]) * 2.0**32
+    return [*limbs, x.round()]
 
 
 def carry(limbs: Tensor) -> Tensor:
     """Bring limbs (on the last dimension, the top one first) into canonical form: all but the top in `[0, 2**32)`."""
-    digits = list(limbs.unbind(-1))
-    for i in range(len(digits) - 1, 0, -1):
-        digits[i - 1] = digits[i - 1] + (digits[i] >> LIMB_BITS)
-        digits[i] = digits[i] & LIMB_MASK
-    return torch.stack(digits, -1)
+    canonical = limbs.clone()
+    carry_in_place(canonical)
+    return canonical
+
+
+def carry_in_place(limbs: Any) -> None:
+    """Do what `carry` does without a copy, to a tensor or an array."""
+    for i in range(limbs.shape[-1] - 1, 0, -1):
+        add_to(limbs[..., i - 1], limbs[..., i] >> LIMB_BITS)
+    digits = limbs[..., 1:]
+    digits &= LIMB_MASK  # What was carried is above these bits.
+
+
+def products(numbers: Any) -> Any:
+    """Sum the products of each two columns of integers, exactly.
+
+    Each is cut into four digits of 16 bits, balanced ones, so that a product is at most `2**30`, and a sum of as many
+    as there may be at most `2**44`. Sums of integers below `2**53` are exact in float64, in whatever order they are
+    made and fused with the products or not, and so can be left to a matrix product. Of a power of `2**16` there are
+    four such sums at most, so that they fit an int64 also when they are shifted by 16 bits.
+
+    Args:
+        numbers: int64 below `2**62` in magnitude, of shape (at most `2**14`, columns); overwritten.
+
+    Returns:
+        Limbs in units of 1, not carried, of shape (columns, columns, `NUM_LIMBS`).
+    """
+    columns = numbers.shape[1]
+    # What is added makes every digit positive and carries what is then above it; to flip the same bits, which takes
+    # them out again, makes them what `view` reads: signed numbers of 16 bits.
+    numbers += _HALVES
+    numbers ^= _HALVES
+    square = _gram(numbers.view(namespace(numbers).int16)).reshape(columns, 4, columns, 4)
+    if sys.byteorder == "little":  # To the highest digit first.
+        square = square.flip(1, 3) if isinstance(square, Tensor) else square[:, ::-1, :, ::-1]
+    powers = zeros_beside(square, columns, columns, 2 * NUM_LIMBS)  # Of 2**16, the highest first.
+    for i in range(4):
+        add_to(powers[..., 3 + i : 7 + i], square[:, i])
+    return (powers[..., 0::2] << 16) + powers[..., 1::2]
+
+
+def _gram(digits: Any) -> Any:
+    """Sum the products of each two columns."""
+    if isinstance(digits, Tensor):  # On a device where integers have no matrix product, and float64 may be missing.
+        integers = digits.to(torch.int64)
+        return (integers.unsqueeze(-1) * integers.unsqueeze(-2)).sum(0)
+    if digits.shape[0] <= _FEW:
+        integers = digits.astype(np.int64)
+        return integers.T @ integers
+    floats = torch.from_numpy(digits.astype(np.float64))  # With the threads that PyTorch has been given.
+    return (floats.T @ floats).numpy().astype(np.int64)
 
 
 def to_int(limbs: Sequence[int]) -> int:
@@ -69,18 +138,35 @@ def to_int(limbs: Sequence[int]) -> int:
     return total
 
 
-def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
+def to_float(limbs: Any, dtype: torch.dtype) -> Any:
     """Read limbs on their device as floats, the lowest as multiples of `2**-64`, some rounding errors off.
 
-    The digits of a small negative number (-1, 2**32 - 1, ...) would cancel. Balanced digits, in
-    `[-2**31, 2**31)`, cannot.
+    In float64 they can be added as they are, from the top: as long as those so far stand for an integer below `2**53`
+    (in units of the last one) they are exact, and beyond that the next one, which is canonical or a sum of no more than
+    `2**21` values, is too small to cancel them. In float32 the digits of a small negative number
+    (-1, 2**32 - 1, ...) would cancel.
+
+    Args:
+        limbs: A tensor, or an array, which is read as float64.
+        dtype: float64, or float32 where there is none.
     """
+    if isinstance(limbs, Tensor):
+        digits = (limbs if dtype == torch.float64 else _balanced(limbs)).to(dtype)
+    else:
+        digits = limbs.astype(np.float64)
+    unit = 2.0 ** (LIMB_BITS * (NUM_LIMBS - 1) - FRACTION_BITS)
+    value = digits[..., 0] * unit
+    for i in range(1, NUM_LIMBS):
+        unit /= 2.0**LIMB_BITS
+        value = value + digits[..., i] * unit
+    return value
+
+
+def _balanced(limbs: Tensor) -> Tensor:
+    """Bring limbs into another form, all but the top in `[-2**31, 2**31)`, so that they cannot cancel."""
     digits = list(limbs.unbind(-1))
     for i in range(len(digits) - 1, 0, -1):
         excess = (digits[i] + 2 ** (LIMB_BITS - 1)) >> LIMB_BITS
         digits[i] = digits[i] - (excess << LIMB_BITS)
         digits[i - 1] = digits[i - 1] + excess
-    value = digits[-1].to(dtype) * 2.0**-FRACTION_BITS
-    for power, digit in enumerate(reversed(digits[:-1]), start=1):
-        value = torch.add(value, digit.to(dtype), alpha=2.0 ** (power * LIMB_BITS - FRACTION_BITS))
-    return value
+    return torch.stack(digits, -1)

@@ -341,10 +341,10 @@ def per_target_losses(
     check_class_weight(class_weight, input)
     losses = target_losses(preds, target, options, class_weight)
     raise_invalid(losses, None, preds, target, options, counted=False)
-    loss = losses.loss.masked_fill(losses.out_of_range, math.nan)
-    if losses.improper is not None:
-        loss = loss.masked_fill(losses.improper, math.nan)
-    return loss.masked_fill(losses.ignored, 0.0).reshape(target_shape(target, options))
+    loss = losses.loss
+    for mask, value in ((losses.out_of_range, math.nan), (losses.improper, math.nan), (losses.ignored, 0.0)):
+        loss = loss if mask is None else loss.masked_fill(mask, value)
+    return loss.reshape(target_shape(target, options))
 
 
 def tally(

@@ -23,14 +23,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xent_metrics.checks import (
+    any_of,
+    at_hand,
     check_binary,
     check_linear,
     check_num_classes,
     check_tensors,
+    extremes,
     free_to_look,
     is_integer,
     is_number,
     multiplied_in,
+    no_graph,
+    outside,
+    present,
     without,
 )
 from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
@@ -272,15 +278,15 @@ class TargetLosses(NamedTuple):
     Attributes:
         loss: Loss of each target in nats, class weights included; anything where the target is not scored.
         norm: What the target adds to the denominator: its class weight or its bytes, or None for 1.
-        ignored: Where the target is not to be scored, such as `ignore_index`.
+        ignored: Where the target is not to be scored, such as `ignore_index`; None for nowhere, as below.
         out_of_range: Where the target is neither that nor a class, or is no distribution.
-        improper: Where a probability of `preds` is outside [0, 1]; None for nowhere.
+        improper: Where a probability of `preds` is outside [0, 1].
     """
 
     loss: Tensor
     norm: Tensor | None
-    ignored: Tensor
-    out_of_range: Tensor
+    ignored: Tensor | None
+    out_of_range: Tensor | None
     improper: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TargetLosses:
@@ -298,17 +304,17 @@ class TargetLosses(NamedTuple):
 
     def within(self, ids: Tensor, limit: int) -> TargetLosses:
         """Also count targets as out of range whose `ids` are not in `[0, limit)`."""
-        outside = ~((ids >= 0) & (ids < limit) | self.ignored)
-        return self._replace(out_of_range=self.out_of_range | outside)
+        beyond = outside((ids < 0) | (ids >= limit), self.ignored)
+        return self._replace(out_of_range=any_of(self.out_of_range, beyond))
 
     def per_byte(self, ids: Tensor, token_bytes: Tensor) -> TargetLosses:
         """Let each target add its bytes to the denominator; one without bytes is not scored."""
         within = self.within(ids, len(token_bytes))
         if not len(token_bytes):
             token_bytes = token_bytes.new_zeros(1)  # Every target is out of range, but has to look somewhere.
-        num_bytes = token_bytes[ids.masked_fill(within.ignored | within.out_of_range, 0)]
-        silent = (num_bytes == 0) & ~within.out_of_range
-        return within._replace(norm=num_bytes.to(widest_float(ids.device)), ignored=within.ignored | silent)
+        num_bytes = token_bytes[ids.masked_fill(any_of(within.ignored, within.out_of_range), 0)]
+        silent = outside(num_bytes == 0, within.out_of_range)
+        return within._replace(norm=num_bytes.to(widest_float(ids.device)), ignored=any_of(within.ignored, silent))
 
 
 def target_losses(
@@ -329,7 +335,7 @@ def target_losses(
         ValueError: If shapes or devices do not fit.
     """
     check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
-    with torch.no_grad():
+    with no_graph():
         if class_weight is not None:
             class_weight = class_weight.to(compute_dtype(preds))
         if isinstance(preds, Tensor) and is_dtensor(preds):
@@ -393,9 +399,11 @@ def binary_losses(
         target = as_index(target)  # Unsigned integers cannot be compared.
     with torch.no_grad():
         ignored = _is_ignored(target, options)
-        out_of_range = ~((target >= 0) & (target <= 1) | ignored)  # A NaN too.
+        out_of_range = _outside_unit(target, ignored)
         scores = preds.to(compute_dtype(preds))
-        positive = target.to(scores.dtype).mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
+        positive = target.to(scores.dtype)
+        if options.label_smoothing:
+            positive = positive.mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
         negative = 1 - positive
         if pos_weight is not None:
             positive = positive * pos_weight.to(scores.dtype)
@@ -408,8 +416,10 @@ def binary_losses(
             if options.eps is not None:
                 bounds = math.log(options.eps), math.log1p(-options.eps)
                 log_p, log_q = log_p.clamp(*bounds), log_q.clamp(*bounds)
-        _weigh(log_p, positive)
-        _weigh(log_q, negative)
+        for log, coefficient in ((log_p, positive), (log_q, negative)):
+            if extremes(at_hand(log.mul_(coefficient)))[0] > -math.inf:
+                continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
+            log.masked_fill_(coefficient == 0, 0.0)
         loss = torch.neg(log_p + log_q)
         losses = TargetLosses(loss, None, ignored, out_of_range, improper)
         return losses.map(lambda x: x.reshape(-1)).as_sequences(target.shape)
@@ -423,13 +433,10 @@ def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
         """Widen; what counts as infinite is infinite also if the other one is as large."""
         return loss.to(dtype).masked_fill(loss >= LIMIT, math.inf).masked_fill(loss <= -LIMIT, -math.inf)
 
-    improper = None
-    if first.improper is not None and second.improper is not None:
-        improper = first.improper | second.improper
     return second._replace(
         loss=wide(second.loss) - wide(first.loss),
-        out_of_range=first.out_of_range | second.out_of_range,
-        improper=improper,
+        out_of_range=any_of(first.out_of_range, second.out_of_range),
+        improper=any_of(first.improper, second.improper),
     )
 
 
@@ -447,6 +454,8 @@ def shifted(preds: Scores, target: Tensor, options: LossOptions) -> tuple[Scores
 
 def as_index(integers: Tensor) -> Tensor:
     """Convert to int64; what a uint64 has above that becomes the largest index, instead of wrapping to a negative."""
+    if integers.dtype == torch.int64:
+        return integers
     index = integers.to(torch.int64)
     return index.masked_fill(index < 0, 2**63 - 1) if integers.dtype == torch.uint64 else index
 
@@ -455,20 +464,32 @@ def _entropy_term(p: float) -> float:
     return -p * math.log(p) if p else 0.0
 
 
-def _is_ignored(target: Tensor, options: LossOptions | BinaryOptions) -> Tensor:
-    """Say which targets are `ignore_index`."""
+def _is_ignored(target: Tensor, options: LossOptions | BinaryOptions) -> Tensor | None:
+    """Say which targets are `ignore_index`; None for none."""
     if options.ignore_index is None:
-        return torch.zeros_like(target, dtype=torch.bool)
+        return None
     # In a wide type: a narrow one would round `ignore_index` to a target.
     exact = target.to(widest_float(target.device)) if target.is_floating_point() else target
-    return exact == options.ignore_index
+    low, high = extremes(at_hand(exact))
+    return exact == options.ignore_index if low <= options.ignore_index <= high else None
 
 
-def _sort_out(index: Tensor, num_classes: int, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _outside_unit(target: Tensor, ignored: Tensor | None) -> Tensor | None:
+    """Say which binary targets are not in [0, 1]; None for none."""
+    wide = target.dtype in (torch.float32, torch.float64, torch.int64)
+    low, high = extremes(at_hand(target if wide else target.to(torch.float32)))
+    return None if low >= 0 and high <= 1 else outside(~((target >= 0) & (target <= 1)), ignored)  # A NaN too.
+
+
+def _sort_out(index: Tensor, num_classes: int, options: LossOptions) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return indices that can all be looked up, and which of the given ones were ignored or no classes."""
-    ignored = _is_ignored(index, options)
-    out_of_range = ~((index >= 0) & (index < num_classes) | ignored)
-    return index.masked_fill(ignored | out_of_range, 0), ignored, out_of_range
+    low, high = extremes(at_hand(index))
+    all_classes = low >= 0 and high < num_classes
+    if all_classes and (options.ignore_index is None or not 0 <= options.ignore_index < num_classes):
+        return index, None, None
+    ignored, within = _is_ignored(index, options), index.clamp(0, num_classes - 1)
+    beyond = None if all_classes else outside(within != index, ignored)
+    return within, ignored, None if beyond is None or present(at_hand(beyond)) is None else beyond
 
 
 def _outline(preds: Tensor | LinearLogits, options: LossOptions) -> Tensor:
@@ -485,26 +506,31 @@ def _score_hard(
     """Score flat class indices."""
     if options.input == "losses":
         assert isinstance(preds, Tensor)
-        ignored, nothing = _is_ignored(index, options), torch.zeros_like(index, dtype=torch.bool)
-        return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, ignored, nothing)
+        return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, _is_ignored(index, options), None)
     index, ignored, out_of_range = _sort_out(index, preds.shape[options.class_dim], options)
-    loss = torch.empty(index.shape, dtype=compute_dtype(preds), device=index.device)
-    improper = torch.empty_like(ignored) if options.input == "probs" else None
+    improper = torch.empty_like(index, dtype=torch.bool) if options.input == "probs" else None
     norm = None if class_weight is None else class_weight[index]
     smoothing = options.smoothing(preds.shape[options.class_dim])
     scored = None
     if isinstance(preds, LinearLogits) and free_to_look(index):
-        scored = (~(ignored | out_of_range)).nonzero().squeeze(1)
+        left_out = any_of(ignored, out_of_range)
+        scored = None if left_out is None else (~left_out).nonzero().squeeze(1)
+    losses = []
     for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper, scored):
         count = _number_of(rows)
-        nll = torch.neg(log_probs[:count].gather(1, index[rows, None]).squeeze(1))
+        here = index if index.shape[0] == count else index[rows]
+        nll = F.nll_loss(_first(log_probs, count), here, reduction="none")
         if norm is not None:
             nll.mul_(norm[rows]).masked_fill_(norm[rows] == 0, 0.0)
         if smoothing:
             _weigh(log_probs, class_weight)
             nll.mul_(1 - smoothing) if smoothing < 1 else nll.zero_()  # Not 0 * inf.
             nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
-        loss[rows] = nll
+        losses.append(nll)
+    nothing = index.new_empty(0, dtype=compute_dtype(preds))
+    loss = losses[0] if len(losses) == 1 else torch.cat([*losses, nothing])
+    if scored is not None:  # The others were not made.
+        loss = nothing.new_zeros(index.shape).index_copy_(0, scored, loss)
     return TargetLosses(loss, norm, ignored, out_of_range, improper)
 
 
@@ -534,7 +560,7 @@ def _score_shard(
     for block, (part,) in blocks:
         top[block] = part.reshape(-1, width).amax(1).to(dtype)
     top, crooked = _max_and_misfit(top, shard, num_classes)
-    out_of_range = out_of_range | (crooked & ~ignored)
+    out_of_range = any_of(out_of_range, outside(crooked.expand(index.shape), ignored))
 
     local = index - shard.offset
     here = (local >= 0) & (local < width)
@@ -587,9 +613,8 @@ def _score_soft(
     """Score targets that are distributions."""
     rows_total = preds.numel() // preds.shape[options.class_dim]
     loss = torch.empty(rows_total, dtype=compute_dtype(preds), device=preds.device)
-    ignored = torch.zeros(rows_total, dtype=torch.bool, device=preds.device)
-    out_of_range = torch.empty_like(ignored)
-    improper = torch.empty_like(ignored) if options.input == "probs" else None
+    out_of_range = torch.empty(rows_total, dtype=torch.bool, device=preds.device)
+    improper = torch.empty_like(out_of_range) if options.input == "probs" else None
     smoothing = options.smoothing(preds.shape[options.class_dim])
     excess = _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS)
     for rows, log_probs, probs in _log_prob_blocks(preds, target, options, improper):
@@ -603,7 +628,7 @@ def _score_soft(
             probs.mul_(class_weight)
         _weigh(log_probs, probs)
         loss[rows] = log_probs.sum(1)[:count].neg_()
-    return TargetLosses(loss, None, ignored, out_of_range, improper)
+    return TargetLosses(loss, None, None, out_of_range, improper)
 
 
 def _weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
@@ -627,21 +652,22 @@ def _log_prob_blocks(
     `scored` are made, one row may be alone, and log-probabilities take the place of the logits.
     """
     num_classes, dtype = preds.shape[options.class_dim], compute_dtype(preds)
-    soft = [] if target is None else [target.movedim(options.class_dim, -1)]
+    last = options.class_dim in (-1, preds.dim() - 1)
+    soft = [] if target is None else [target if last else target.movedim(options.class_dim, -1)]
     linear = isinstance(preds, LinearLogits)
     size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
     num_buffers, fewest = 1 + len(soft), 1 if linear else 2
     max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
     num_rows = max(2, min(max_rows, preds.numel() // num_classes))
-    buffers = torch.empty(num_buffers, num_rows, num_classes, dtype=dtype, device=preds.device)
+    buffers = [torch.empty(num_rows, num_classes, dtype=dtype, device=preds.device) for _ in range(num_buffers)]
     blocks: Iterator[tuple[Rows, list[Tensor]]]
     if isinstance(preds, LinearLogits):
         blocks = _linear_blocks(preds, soft, max_rows, scored)
     else:
-        blocks = _row_blocks([preds.movedim(options.class_dim, -1), *soft], max_rows)
+        blocks = _row_blocks([preds if last else preds.movedim(options.class_dim, -1), *soft], max_rows)
     for rows, parts in blocks:
         count = _number_of(rows)
-        filled = buffers[0, :count]
+        filled = _first(buffers[0], count)
         source = parts[0]
         if options.input == "logits" and source.dtype == dtype and source.is_contiguous():
             source = source.view(filled.shape)  # The kernel can read these where they are.
@@ -650,7 +676,7 @@ def _log_prob_blocks(
             filled.view(source.shape).copy_(source)
             source = filled
         if target is not None:
-            buffers[1, :count].view(parts[1].shape).copy_(parts[1])
+            _first(buffers[1], count).view(parts[1].shape).copy_(parts[1])
         if options.input == "logits":
             torch.log_softmax(source, 1, out=filled)
         elif options.input == "probs":
@@ -660,7 +686,7 @@ def _log_prob_blocks(
                 filled.clamp_(options.eps, 1 - options.eps)
             filled.log_()
         count = max(fewest, count)
-        yield rows, filled if linear else buffers[0, :count], buffers[-1, :count]
+        yield rows, filled if linear else _first(buffers[0], count), _first(buffers[-1], count)
 
 
 def _linear_blocks(
@@ -702,6 +728,11 @@ def _among(rows: Rows, some: slice) -> Rows:
 
 def _number_of(rows: Rows) -> int:
     return len(rows) if isinstance(rows, Tensor) else rows.stop - rows.start
+
+
+def _first(rows: Tensor, count: int) -> Tensor:
+    """Return the first rows, without asking for a view of all of them."""
+    return rows if rows.shape[0] == count else rows[:count]
 
 
 def _row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterator[tuple[slice, list[Tensor]]]:

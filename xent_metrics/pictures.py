@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xent_metrics.checks import any_of
 from xent_metrics.losses import TargetLosses
 
 if TYPE_CHECKING:
@@ -54,13 +55,13 @@ class Profile:
     def of(cls, losses: TargetLosses) -> Profile:
         """Return the profile of a batch; targets of infinite or NaN loss count in the last bin only."""
         with torch.no_grad():
-            skipped = losses.ignored | losses.out_of_range
+            scored = _scored(losses)
             bits = losses.loss / math.log(2)
             bits = torch.where(bits.isfinite(), bits, 2.0 * MAX_BITS).clamp(max=2.0 * MAX_BITS)
             bins = (bits * BINS_PER_BIT).long().clamp(0, _NUM_BINS - 1)
             histogram = torch.zeros(_NUM_BINS, dtype=torch.int64, device=bits.device)
-            histogram.scatter_add_(0, bins.flatten(), (~skipped).long().flatten())
-            shown = ~skipped & losses.loss.isfinite()
+            histogram.scatter_add_(0, bins.flatten(), scored.long().flatten())
+            shown = scored & losses.loss.isfinite()
             sums = (bits.masked_fill(~shown, 0) / _UNIT).round().long().sum(0)
             by_position = torch.zeros(2, _NUM_BUCKETS, dtype=torch.int64, device=bits.device)
             bucket = _bucket(torch.arange(bits.shape[1], device=bits.device))
@@ -93,6 +94,12 @@ class Profile:
         seen = [i for i in range(_NUM_BUCKETS) if counts[i]]
         middles = [(_first(i) + _first(i + 1) - 1) / 2 for i in seen]
         return middles, [sums[i] * _UNIT / counts[i] for i in seen]
+
+
+def _scored(losses: TargetLosses) -> Tensor:
+    """Say which targets are scored."""
+    skipped = any_of(losses.ignored, losses.out_of_range)
+    return torch.ones_like(losses.loss, dtype=torch.bool) if skipped is None else ~skipped
 
 
 def _bucket(position: Tensor) -> Tensor:
@@ -166,7 +173,7 @@ class Gallery:
         if ids is None:
             return
         ids = ids.reshape(losses.loss.shape)
-        scored = ~(losses.ignored | losses.out_of_range)
+        scored = _scored(losses)
         if num_classes is not None and self._counts_classes:
             self._count(ids, scored, num_classes)
         if self._room > 0 and ids.numel():

@@ -17,9 +17,11 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xent_metrics.checks import namespace
 from xent_metrics.exact import FRACTION_BITS, widest_float
 from xent_metrics.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tally, Totals
 
@@ -216,33 +218,40 @@ class DeviceReading:
         tally: The tally, or one of groups: `cross_entropy` and `bits_per_token` are then one value a group.
         nan_policy: As in `ExactReading`.
         confidence: As in `ExactReading`.
+        quick: Compute with numbers of NumPy instead of tensors, and return those, where that is free. It is the same
+            arithmetic; NumPy should be told not to warn of divisions by zero.
     """
 
     def __init__(
-        self, tally: Tally | GroupTally, nan_policy: NanPolicy = "propagate", confidence: float = 0.95
+        self,
+        tally: Tally | GroupTally,
+        nan_policy: NanPolicy = "propagate",
+        confidence: float = 0.95,
+        quick: bool = False,
     ) -> None:
         self.tally = tally
         self.nan_policy = nan_policy
         self.confidence = confidence
-        self.sums = tally.sums_on_device(widest_float(tally.state.device))
-        self.cross_entropy = self._mean(self.sums["loss"], self.sums["weight"])
-        self._stderr: Tensor | None = None  # Not a cached_property, whose lock compiled code cannot take.
+        self.sums = tally.sums_on_device(widest_float(tally.state.device), quick)
+        self.counts = tally.counts_on_device(quick)
+        self.cross_entropy: Tensor = self._mean(self.sums["loss"], self.sums["weight"])
+        self._stderr: Any = None  # Not cached properties, whose lock compiled code cannot take.
+        self._margin: Any = None
 
-    def _mean(self, loss: Tensor, weight: Tensor) -> Tensor:
+    def _mean(self, loss: Any, weight: Any) -> Any:
         """See `ExactReading.cross_entropy`."""
-        count = self.tally.count_on_device
-        mean: Tensor = (loss / weight).masked_fill((weight == 0) | (count("scored") == 0), math.nan)
+        count = self.counts
+        mean = _replace(loss / weight, (weight == 0) | (count["scored"] == 0), math.nan)
         if self.nan_policy == "propagate":
-            mean = mean.masked_fill(count("positive_infinite") > 0, math.inf)
-            mean = mean.masked_fill(count("negative_infinite") > 0, -math.inf)
-            both = (count("positive_infinite") > 0) & (count("negative_infinite") > 0)
-            mean = mean.masked_fill((count("nan") > 0) | both, math.nan)
+            positive, negative = count["positive_infinite"] > 0, count["negative_infinite"] > 0
+            mean = _replace(_replace(mean, positive, math.inf), negative, -math.inf)
+            mean = _replace(mean, (count["nan"] > 0) | (positive & negative), math.nan)
         elif self.nan_policy == "raise":
-            mean = mean.masked_fill((self.num_nonfinite > 0).any(), math.nan)
-        invalid = count("out_of_range") + count("improper") + count("invalid_weight")
+            mean = _replace(mean, (self.num_nonfinite > 0).any(), math.nan)
+        invalid = count["out_of_range"] + count["improper"] + count["invalid_weight"]
         if isinstance(self.tally, GroupTally):
             invalid = invalid + self.tally.groupless_on_device()
-        return mean.masked_fill(invalid > 0, math.nan)
+        return _replace(mean, invalid > 0, math.nan)
 
     @property
     def mean(self) -> Tensor:
@@ -257,43 +266,50 @@ class DeviceReading:
     @property
     def perplexity(self) -> Tensor:
         """See `ExactReading.perplexity`."""
-        return self.cross_entropy.exp()
+        return _exp_on_device(self.cross_entropy)
 
     @property
     def cross_entropy_stderr(self) -> Tensor:
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
         if self._stderr is None:
             self._stderr = self._compute_stderr()
-        return self._stderr
+        stderr: Tensor = self._stderr
+        return stderr
 
-    def _compute_stderr(self) -> Tensor:
-        mean, sums = self.cross_entropy, self.sums
-        count = self.tally.count_on_device("sequences")
+    def _compute_stderr(self) -> Any:
+        mean, sums, xp = self.cross_entropy, self.sums, namespace(self.cross_entropy)
+        count = self.counts["sequences"]
         squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
-        stderr = (count / (count - 1) * squares.clamp(min=0)).sqrt() / sums["weight"]
+        stderr = xp.sqrt(squares.clip(min=0) * count / (count - 1)) / sums["weight"]
         too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-        invalid = (count < 2) | (self.tally.count_on_device("wide_sequences") > 0) | too_coarse | ~mean.isfinite()
-        return stderr.masked_fill(invalid, math.nan)
+        invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~xp.isfinite(mean)
+        return _replace(stderr, invalid, math.nan)
 
     @property
     def cross_entropy_lower(self) -> Tensor:
         """See `ExactReading.cross_entropy_lower`."""
-        return self.cross_entropy - normal_quantile(self.confidence) * self.cross_entropy_stderr
+        return self.cross_entropy - self._half_width()
 
     @property
     def cross_entropy_upper(self) -> Tensor:
         """See `ExactReading.cross_entropy_upper`."""
-        return self.cross_entropy + normal_quantile(self.confidence) * self.cross_entropy_stderr
+        return self.cross_entropy + self._half_width()
+
+    def _half_width(self) -> Tensor:
+        if self._margin is None:
+            self._margin = normal_quantile(self.confidence) * self.cross_entropy_stderr
+        margin: Tensor = self._margin
+        return margin
 
     @property
     def perplexity_lower(self) -> Tensor:
         """See `ExactReading.perplexity_lower`."""
-        return self.cross_entropy_lower.exp()
+        return _exp_on_device(self.cross_entropy_lower)
 
     @property
     def perplexity_upper(self) -> Tensor:
         """See `ExactReading.perplexity_upper`."""
-        return self.cross_entropy_upper.exp()
+        return _exp_on_device(self.cross_entropy_upper)
 
     @property
     def normalized_cross_entropy(self) -> Tensor:
@@ -308,18 +324,20 @@ class DeviceReading:
     @property
     def num_tokens(self) -> Tensor:
         """See `ExactReading.num_tokens`."""
-        return self.tally.count_on_device("scored")
+        count: Tensor = self.counts["scored"]
+        return count
 
     @property
     def num_ignored(self) -> Tensor:
         """See `ExactReading.num_ignored`."""
-        return self.tally.count_on_device("ignored")
+        count: Tensor = self.counts["ignored"]
+        return count
 
     @property
     def num_nonfinite(self) -> Tensor:
         """See `ExactReading.num_nonfinite`."""
-        count = self.tally.count_on_device
-        return count("positive_infinite") + count("negative_infinite") + count("nan")
+        count: Tensor = sum(self.counts[name] for name in ("positive_infinite", "negative_infinite", "nan"))
+        return count
 
 
 @dataclass(frozen=True)
@@ -416,9 +434,20 @@ def read_exactly(
 def decomposition(total: Any, entropy: Any) -> dict[str, Any]:
     """Return cross-entropy, entropy and their difference, from exact readings of the two or from ones on the device."""
     cross_entropy, own = total.mean, entropy.mean
-    if isinstance(own, Tensor) and total.nan_policy == "raise":
-        own = own.masked_fill(total.num_nonfinite > 0, math.nan)
+    if isinstance(total, DeviceReading) and total.nan_policy == "raise":
+        own = _replace(own, total.num_nonfinite > 0, math.nan)
     return {"cross_entropy": cross_entropy, "entropy": own, "kl_divergence": cross_entropy - own}
+
+
+def _exp_on_device(x: Tensor) -> Tensor:
+    """Return `exp(x)` of a tensor, or of a number."""
+    value: Tensor = namespace(x).exp(x)
+    return value
+
+
+def _replace(x: Any, where: Any, value: float) -> Any:
+    """Replace a tensor where a condition holds, or a number if it does."""
+    return x.masked_fill(where, value) if isinstance(x, Tensor) else np.float64(value) if where else x
 
 
 def normal_quantile(confidence: float) -> float:

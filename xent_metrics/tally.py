@@ -12,23 +12,39 @@ A `GroupTally` is the same for each of many groups, without the sequences: a gro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from xent_metrics.checks import WEIGHT_LIMIT, describe
+from xent_metrics.checks import (
+    WEIGHT_LIMIT,
+    add_to,
+    any_of,
+    at_hand,
+    cleared,
+    describe,
+    extremes,
+    namespace,
+    outside,
+    present,
+    times,
+    zeros_beside,
+)
 from xent_metrics.distributed import is_distributed, sum_over_ranks
 from xent_metrics.exact import (
     FRACTION_BITS,
     LIMB_BITS,
-    LIMB_MASK,
     LIMIT,
     NUM_LIMBS,
-    carry,
-    split,
+    NUM_LOW_LIMBS,
+    carry_in_place,
+    cut,
+    products,
     to_float,
     to_int,
     widest_float,
@@ -102,13 +118,13 @@ class Tally:
         """Return the tally of both sets of targets, in canonical form."""
         _check_addend(self, other)
         state = self.state + other.state
-        sums = carry(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
-        return Tally(torch.cat([sums.flatten(-2), state[..., NUM_SUM_LIMBS:]], -1))
+        carry_in_place(at_hand(state)[..., :NUM_SUM_LIMBS].reshape(*state.shape[:-1], len(SUMS), NUM_LIMBS))
+        return Tally(state)
 
     def with_weight(self, weight: Tensor) -> Tally:
         """Return the tally with another denominator, an integer that its targets share; a negative one is invalid."""
         state = self.state.clone()
-        state[NUM_LIMBS : 2 * NUM_LIMBS] = _ones_limb(weight.clamp(min=0))
+        state[NUM_LIMBS : 2 * NUM_LIMBS] = _limbs_of(weight.clamp(min=0))
         state[NUM_SUM_LIMBS + COUNTS.index("invalid_weight")] += weight < 0
         return Tally(state)
 
@@ -116,15 +132,20 @@ class Tally:
         """Copy the tally to the host."""
         return Tally(self.state.cpu())
 
-    def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device."""
-        values = to_float(self.state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS), dtype)
-        products = values[2:] * 2.0 ** (FRACTION_BITS - 2 * SEQUENCE_BITS)
-        return dict(zip(SUMS, (*values[:2].unbind(), *products.unbind()), strict=True))
+    def sums_on_device(self, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
+        """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device.
 
-    def count_on_device(self, name: str) -> Tensor:
-        """Return one of `COUNTS`, without leaving the device."""
-        return self.state[NUM_SUM_LIMBS + COUNTS.index(name)]
+        They are tensors; or numbers, if it is to be `quick` and they are at hand.
+        """
+        numbers = at_hand(self.state) if quick else self.state
+        values = to_float(numbers[:NUM_SUM_LIMBS].reshape(len(SUMS), NUM_LIMBS), dtype)
+        products = values[2:] * 2.0 ** (FRACTION_BITS - 2 * SEQUENCE_BITS)
+        return dict(zip(SUMS, (*values[:2], *products), strict=True))
+
+    def counts_on_device(self, quick: bool = False) -> dict[str, Any]:
+        """Return `COUNTS`, as `sums_on_device` does the sums."""
+        numbers = (at_hand(self.state) if quick else self.state)[NUM_SUM_LIMBS:]
+        return dict(zip(COUNTS, numbers, strict=True))
 
     def totals(self) -> Totals:
         """Copy the tally to the host, as Python integers."""
@@ -190,8 +211,8 @@ class GroupTally:
         """Return the tally of both sets of targets, in canonical form."""
         _check_addend(self, other)
         state = self.state + other.state
-        sums = carry(state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1))
-        return GroupTally(torch.cat([sums.movedim(-1, 1).flatten(0, 1), state[2 * NUM_LIMBS :]]))
+        carry_in_place(state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1))
+        return GroupTally(state)
 
     def unbind(self) -> list[GroupTally]:
         """Return the only tally there is, as `Tally.unbind` would."""
@@ -201,16 +222,17 @@ class GroupTally:
         """Copy the tally to the host."""
         return GroupTally(self.state.cpu())
 
-    def sums_on_device(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def sums_on_device(self, dtype: torch.dtype, quick: bool = False) -> dict[str, Any]:
         """Read loss and weight of each group in floating point, without leaving the device."""
         limbs = self.state[: 2 * NUM_LIMBS, :-1].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1)
         loss, weight = to_float(limbs, dtype)
         return {"loss": loss, "weight": weight}
 
-    def count_on_device(self, name: str) -> Tensor:
-        """Return one of `TARGET_COUNTS` for each group, or for all together if it is a mistake, on the device."""
-        counts = self.state[2 * NUM_LIMBS + TARGET_COUNTS.index(name)]
-        return counts.sum() if name in ("out_of_range", "improper", "invalid_weight") else counts[:-1]
+    def counts_on_device(self, quick: bool = False) -> dict[str, Any]:
+        """Return `TARGET_COUNTS` for each group, or for all together if it is a mistake, on the device."""
+        mistakes = "out_of_range", "improper", "invalid_weight"
+        counts = zip(TARGET_COUNTS, self.state[2 * NUM_LIMBS :], strict=True)
+        return {name: count.sum() if name in mistakes else count[:-1] for name, count in counts}
 
     def groupless_on_device(self) -> Tensor:
         """Return the number of scored targets that had no valid group, on the device."""
@@ -289,16 +311,19 @@ def tally_losses(
         sequence_group: Ranks that hold other targets of the same sequences; each adds what is its own, and the first
             of them adds the products of the sequences.
     """
+    device = losses.loss.device
     sequences, length = losses.loss.shape
     rows = max(1, min(_BLOCK_SEQUENCES, _BLOCK_TARGETS // max(length, 1)))
+    losses = losses.map(at_hand)
+    weight = None if weight is None else at_hand(weight)
     if sequence_group is not None:
-        return _tally_split_sequences(losses, weight, rows, sequence_group)
+        return _tally_split_sequences(losses, weight, rows, sequence_group, device)
     if 0 < sequences <= rows and length:
-        return Tally(_tally_sequences(losses, weight))
-    total = Tally.zero(losses.loss.device)
+        return _tally_sequences(losses, weight, device)
+    total = Tally.zero(device)
     for start in range(0, sequences if length else 0, rows):
         block = slice(start, start + rows)
-        total = total + Tally(_tally_sequences(losses.at(block), None if weight is None else weight[block]))
+        total = total + _tally_sequences(losses.at(block), None if weight is None else weight[block], device)
     return total
 
 
@@ -310,8 +335,7 @@ def tally_mean(mean: Tensor, count: Tensor) -> Tally:
         count: Number of targets, an int64 scalar.
     """
     loss = (mean.to(widest_float(mean.device)) * count).view(1, 1)
-    nothing = torch.zeros(1, 1, dtype=torch.bool, device=mean.device)
-    one = tally_losses(TargetLosses(loss, count.to(loss.dtype).view(1, 1), (count == 0).view(1, 1), nothing)).state
+    one = tally_losses(TargetLosses(loss, count.to(loss.dtype).view(1, 1), (count == 0).view(1, 1), None)).state
     sums, counts = one[: 2 * NUM_LIMBS], one[NUM_SUM_LIMBS:-2]
     return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts * count, counts.new_zeros(2)]))
 
@@ -326,148 +350,224 @@ def tally_groups(losses: TargetLosses, weight: Tensor | None, group: Tensor, num
         num_groups: Groups are in `[0, num_groups)`; targets of others are counted apart.
     """
     column = torch.where((group >= 0) & (group < num_groups), group, num_groups).flatten()
-    flat = losses.map(lambda x: x.view(1, -1))
-    weight = None if weight is None else weight.reshape(1, -1)  # It may have been expanded.
+    flat = losses.map(lambda x: at_hand(x.view(1, -1)))
+    weight = None if weight is None else at_hand(weight.reshape(1, -1))  # It may have been expanded.
     total = GroupTally.zero(num_groups, column.device)
     for start in range(0, column.numel(), _BLOCK_GROUPED):
         block = (slice(None), slice(start, start + _BLOCK_GROUPED))
         part = _classify(flat.at(block), None if weight is None else weight[block])
-        rows = torch.cat([split(part.loss).squeeze(1), part.weight_limbs().squeeze(1), part.masks.squeeze(1)])
-        total.state.index_add_(1, column[block[1]], rows)
+        rows, numbers = part.each()
+        sums = total.state.new_zeros(len(rows), num_groups + 1)
+        sums.index_add_(1, column[block[1]], torch.as_tensor(numbers))
+        for row, found in zip(rows, sums, strict=True):
+            add_to(total.state[row], found)
     return total
 
 
-def _tally_sequences(losses: TargetLosses, weight: Tensor | None) -> Tensor:
-    """Return the state of a few whole sequences, not yet carried."""
-    sums, counts = _sum_sequences(losses, weight)
-    products, sequence_counts = _multiply_sequences(sums, losses.loss.shape[1])
-    return torch.cat([sums.sum(-1).T.flatten(), products, counts, sequence_counts])
+def _tally_sequences(losses: TargetLosses, weight: Any, device: torch.device) -> Tally:
+    """Tally a few whole sequences, not yet carried."""
+    tally = Tally.zero(device)
+    numbers = at_hand(tally.state)
+    _add_products(numbers, _add_targets(numbers, losses, weight), losses.loss.shape[1])
+    return tally
 
 
-def _tally_split_sequences(losses: TargetLosses, weight: Tensor | None, rows: int, group: ProcessGroup) -> Tally:
+def _tally_split_sequences(
+    losses: TargetLosses, weight: Any, rows: int, group: ProcessGroup, device: torch.device
+) -> Tally:
     """Tally the targets that this rank holds of sequences that a group of ranks holds together: one collective."""
     sequences, length = losses.loss.shape
-    total = Tally.zero(losses.loss.device)
+    total = Tally.zero(device)
     blocks = [slice(start, start + rows) for start in range(0, sequences, rows)]
     parts = []
     for block in blocks:
-        sums, counts = _sum_sequences(losses.at(block), None if weight is None else weight[block])
-        total = total + Tally(
-            torch.cat([sums.sum(-1).T.flatten(), sums.new_zeros(3 * NUM_LIMBS), counts, counts.new_zeros(2)])
-        )
-        parts.append(sums)
+        own, tally = losses.at(block), Tally.zero(device)
+        parts.append(_add_targets(at_hand(tally.state), own, None if weight is None else weight[block], NUM_LIMBS))
+        total = total + tally
     if not parts:
         return total
-    whole = sum_over_ranks(torch.cat(parts, -1), group)
+    whole = sum_over_ranks(torch.cat([torch.as_tensor(part) for part in parts], -1), group)
     if group.rank() != 0:
         return total
     for block in blocks:
-        products, counts = _multiply_sequences(whole[..., block], length * group.size())
-        nothing = products.new_zeros(2 * NUM_LIMBS), products.new_zeros(len(TARGET_COUNTS))
-        total = total + Tally(torch.cat([nothing[0], products, nothing[1], counts]))
+        tally = Tally.zero(device)
+        _add_products(at_hand(tally.state), at_hand(whole)[..., block], length * group.size())
+        total = total + tally
     return total
 
 
-def _sum_sequences(losses: TargetLosses, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return limbs of loss and weight of each sequence, of shape (limbs, 2, sequences), and `TARGET_COUNTS`."""
-    sequences, length = losses.loss.shape
-    sums = torch.zeros(NUM_LIMBS, 2, sequences, dtype=torch.int64, device=losses.loss.device)
-    counts = torch.zeros(len(TARGET_COUNTS), dtype=torch.int64, device=losses.loss.device)
-    for start in range(0, length, _BLOCK_TARGETS):
-        block = (slice(None), slice(start, start + _BLOCK_TARGETS))
-        part = _classify(losses.at(block), None if weight is None else weight[block])
-        sums = sums + torch.stack([split(part.loss).sum(-1), part.weight_sum()], 1)
-        counts = counts + part.masks.sum((-2, -1))
-    return sums, counts
+def _add_targets(numbers: Any, losses: TargetLosses, weight: Any, num_limbs: int | None = None) -> Any:
+    """Add to the numbers of a state what targets add by themselves: to the sums of loss and weight, and to the counts.
+
+    Returns:
+        Limbs of loss and weight of each sequence, of shape (limbs, 2, sequences), not carried: as many as needed, or as
+        asked for.
+    """
+    length = losses.loss.shape[1]
+    if 0 < length <= _BLOCK_TARGETS:
+        part = _classify(losses, weight)
+        sums = part.sums(num_limbs or part.num_limbs)
+        part.add_counts(numbers[NUM_SUM_LIMBS:])
+    else:
+        sums = zeros_beside(losses.loss, NUM_LIMBS, 2, len(losses.loss))
+        for start in range(0, length, _BLOCK_TARGETS):
+            block = (slice(None), slice(start, start + _BLOCK_TARGETS))
+            part = _classify(losses.at(block), None if weight is None else weight[block])
+            sums = sums + part.sums(NUM_LIMBS)
+            part.add_counts(numbers[NUM_SUM_LIMBS:])
+    add_to(numbers[: 2 * NUM_LIMBS].reshape(2, NUM_LIMBS)[:, NUM_LIMBS - len(sums) :], sums.sum(-1).T)
+    return sums
+
+
+def _add_products(numbers: Any, sums: Any, length: int) -> None:
+    """Add to the numbers of a state the exact sums of `S * S`, `S * W` and `W * W`, and how many sequences there are.
+
+    S and W are cut to units of `2**-36`, which makes them integers of less than 63 bits.
+
+    Args:
+        numbers: The state.
+        sums: Limbs of loss and weight, of shape (limbs, 2, sequences), not carried.
+        length: The number of targets in a sequence.
+    """
+    weighty = sums[:, 1].any(0)
+    fixed = (sums[-2] << (SEQUENCE_BITS - LIMB_BITS)) + (sums[-1] >> (2 * LIMB_BITS - SEQUENCE_BITS))
+    if len(sums) != NUM_LOW_LIMBS:  # Of few limbs none is wide.
+        # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
+        wide = sums[:2].any(0) | (abs(sums[2]) >= (_SEQUENCE_LIMIT if length < _SEQUENCE_LIMIT else 0))
+        wide = wide.any(0)
+        fixed = (fixed + (sums[2] << SEQUENCE_BITS)) * ~wide
+        add_to(numbers[-1:], (wide & weighty).sum())
+    add_to(numbers[-2:-1], weighty.sum())
+    pairs = zeros_beside(fixed, fixed.shape[1], 2)
+    pairs[:] = fixed.T
+    square = products(pairs)
+    sums_of_products = numbers[2 * NUM_LIMBS : NUM_SUM_LIMBS].reshape(3, NUM_LIMBS)
+    add_to(sums_of_products[:2], square[0])
+    add_to(sums_of_products[2], square[1, 1])
 
 
 class _Classified(NamedTuple):
-    """What each target adds to a tally.
+    """What each target adds to a tally, as tensors or as arrays.
 
     Attributes:
         loss: Its weighted loss, 0 where it adds none.
         norm: Its weight, 0 where it adds none; None for 1 except where it is left out.
-        left_out: Where it adds to no sum.
-        masks: `TARGET_COUNTS`, on a new first dimension.
+        left_out: Where it adds to no sum; None for nowhere, here and below.
+        skipped: Where it is not scored.
+        reasons: Where it is each of `TARGET_COUNTS` but the first.
+        num_limbs: How many limbs the sums need.
     """
 
-    loss: Tensor
-    norm: Tensor | None
-    left_out: Tensor
-    masks: Tensor
+    loss: Any
+    norm: Any
+    left_out: Any
+    skipped: Any
+    reasons: tuple[Any, ...]
+    num_limbs: int
 
-    def weight_limbs(self) -> Tensor:
-        """Return the limbs of every weight, on a new first dimension."""
-        return _ones_limb((~self.left_out).to(torch.int64)) if self.norm is None else split(self.norm)
+    def sums(self, num_limbs: int) -> Any:
+        """Return limbs of each sequence's loss and weight, of shape (limbs, 2, sequences)."""
+        sums = zeros_beside(self.loss, num_limbs, 2, self.loss.shape[0])
+        _sum_targets(cut(self.loss, num_limbs), sums[:, 0])
+        if self.norm is not None:
+            _sum_targets(cut(self.norm, num_limbs), sums[:, 1])
+        elif num_limbs == NUM_LOW_LIMBS:
+            sums[0, 1] = self._num_added() << LIMB_BITS
+        else:
+            sums[2, 1] = self._num_added()
+        return sums
 
-    def weight_sum(self) -> Tensor:
-        """Return the limbs of each sequence's weight: a plain count where every weight is 1."""
-        return _ones_limb((~self.left_out).sum(-1)) if self.norm is None else split(self.norm).sum(-1)
+    def _num_added(self) -> Any:
+        """Return how many targets of each sequence are not left out."""
+        if self.left_out is None:
+            return self.loss.shape[1]
+        return (~self.left_out).sum(-1, dtype=namespace(self.loss).int64)
+
+    def add_counts(self, counts: Any) -> None:
+        """Add to `TARGET_COUNTS`."""
+        scored: Any = self.loss.shape[0] * self.loss.shape[1]
+        if self.skipped is not None:
+            scored = scored - self.skipped.sum()
+        add_to(counts[:1], scored)
+        for i, mask in enumerate(self.reasons, start=1):
+            if mask is not None:
+                add_to(counts[i : i + 1], mask.sum())
+
+    def each(self) -> tuple[list[int], Any]:
+        """Return which rows of a `GroupTally` anything is added to, and what every target, flat, adds to them."""
+        low = range(NUM_LIMBS - self.num_limbs, NUM_LIMBS)
+        floats = dict(zip(low, cut(self.loss, self.num_limbs), strict=True))
+        masks = {2 * NUM_LIMBS + i: mask for i, mask in enumerate(self.reasons, start=1) if mask is not None}
+        everywhere = self.loss == self.loss  # As a NaN is not, but there is none left.
+        masks[2 * NUM_LIMBS] = everywhere if self.skipped is None else ~self.skipped
+        if self.norm is not None:
+            floats |= {NUM_LIMBS + i: limb for i, limb in zip(low, cut(self.norm, self.num_limbs), strict=True)}
+        else:
+            masks[NUM_LIMBS + 2] = everywhere if self.left_out is None else ~self.left_out
+        numbers, xp = zeros_beside(self.loss, len(floats) + len(masks), self.loss.shape[1]), namespace(self.loss)
+        numbers[: len(floats)] = xp.stack([*floats.values()])[:, 0]
+        numbers[len(floats) :] = xp.stack([*masks.values()])[:, 0]
+        return [*floats, *masks], numbers
 
 
-def _ones_limb(count: Tensor) -> Tensor:
-    """Return the limbs of integers."""
+def _sum_targets(limbs: list[Any], sums: Any) -> None:
+    """Sum limbs of targets over each sequence; the first dimension of the sums counts limbs."""
+    if isinstance(sums, Tensor):  # In few operators, of which each is a kernel to start.
+        sums[:] = torch.stack(limbs).sum(-1, dtype=torch.int64)
+    else:
+        for limb, total in zip(limbs, sums, strict=True):
+            total[:] = limb[:, 0] if limb.shape[1] == 1 else limb.sum(-1, dtype=np.int64)
+
+
+def _limbs_of(count: Tensor) -> Tensor:
+    """Return the limbs of integers, on a new first dimension."""
     zero = torch.zeros_like(count)
     return torch.stack([zero, zero, count, zero, zero])
 
 
-def _classify(losses: TargetLosses, weight: Tensor | None) -> _Classified:
+def _classify(losses: TargetLosses, weight: Any) -> _Classified:
     """Decide for every target whether it is scored, and what it adds."""
-    loss, norm, ignored, out_of_range, improper = losses
+    loss, norm, *masks = losses
+    ignored, out_of_range, improper = map(present, masks)
+    scaled = False
     if weight is not None:
-        ignored = ignored | (weight == 0)
-        out_of_range = out_of_range & ~ignored
-        if weight.dtype != torch.bool:
-            loss = loss * weight
+        unweighted = weight == 0
+        ignored = any_of(ignored, present(unweighted))
+        out_of_range = outside(out_of_range, ignored)
+        scaled = weight.dtype != unweighted.dtype
+        if scaled:
+            loss = times(loss, weight)
             norm = weight if norm is None else norm * weight
-    skipped = ignored | out_of_range
-    nothing = torch.zeros_like(skipped)
-    improper = nothing if improper is None else improper & ~skipped
-    skipped = skipped | improper
-    invalid = nothing
+    skipped = any_of(ignored, out_of_range)
+    improper = outside(improper, skipped)
+    skipped = any_of(skipped, improper)
+    invalid, heaviest = None, 1.0
     if norm is not None:
-        # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
-        valid = (norm >= 0) & (norm < LIMIT)
-        if weight is not None and weight.dtype != torch.bool:
-            valid = valid & (weight >= 0) & (weight < WEIGHT_LIMIT)  # A class weight of 0 would hide its sign.
-        invalid = ~(skipped | valid)
-        skipped = skipped | invalid
-    loss = loss.masked_fill(skipped, 0.0)
-    positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss.isnan()
-    left_out = skipped | positive | negative | nan
-    masks = torch.stack([~skipped, ignored, out_of_range, improper, invalid, positive, negative, nan])
-    norm = None if norm is None else norm.masked_fill(left_out, 0.0)
-    return _Classified(loss.masked_fill(left_out, 0.0), norm, left_out, masks)
+        heaviest = max(_heaviest(norm, LIMIT), _heaviest(weight, WEIGHT_LIMIT) if scaled else 0.0)
+        if heaviest == math.inf:
+            # Not `norm < 0`: a NaN compares false with everything, and so ends up here too.
+            valid = (norm >= 0) & (norm < LIMIT)
+            if scaled:
+                valid = valid & (weight >= 0) & (weight < WEIGHT_LIMIT)  # A class weight of 0 would hide its sign.
+            invalid = outside(~valid, skipped)
+            skipped = any_of(skipped, invalid)
+    loss, left_out = cleared(loss, skipped), skipped
+    positive = negative = nan = None
+    low, high = extremes(loss)
+    if not -LIMIT < low <= high < LIMIT:
+        positive, negative, nan = loss >= LIMIT, loss <= -LIMIT, loss != loss  # As only NaN is not.
+        left_out = any_of(skipped, positive, negative, nan)
+        loss = cleared(loss, left_out)
+        high = math.inf
+    norm = None if norm is None else cleared(norm, left_out)
+    # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
+    most = max(-low, high, heaviest)
+    few = most < _SEQUENCE_LIMIT and most * loss.shape[0] * loss.shape[1] < _SEQUENCE_LIMIT
+    reasons = (ignored, out_of_range, improper, invalid, positive, negative, nan)
+    return _Classified(loss, norm, left_out, skipped, reasons, NUM_LOW_LIMBS if few else NUM_LIMBS)
 
 
-def _multiply_sequences(sums: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Sum `S * S`, `S * W` and `W * W` over sequences, in exact integers.
-
-    S and W are cut to units of `2**-36` and then into two balanced digits of 32 bits, whose products fit an int64.
-
-    Args:
-        sums: Limbs of loss and weight, of shape (limbs, 2, sequences), not carried.
-        length: The number of targets in a sequence.
-
-    Returns:
-        Limbs of the three sums, and the last two of `COUNTS`.
-    """
-    # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
-    wide = (sums[:2] != 0).any(0) | (sums[2].abs() >= (_SEQUENCE_LIMIT if length < _SEQUENCE_LIMIT else 0))
-    wide = wide.any(0)
-    shift = LIMB_BITS - SEQUENCE_BITS + LIMB_BITS
-    fixed = (sums[2] << SEQUENCE_BITS) + (sums[3] << (SEQUENCE_BITS - LIMB_BITS)) + (sums[4] >> shift)
-    fixed = fixed.masked_fill(wide, 0)
-    half = 2 ** (LIMB_BITS - 1)
-    low = ((fixed + half) & LIMB_MASK) - half
-    digits = torch.stack([(fixed - low) >> LIMB_BITS, low])
-    products = digits[:, :, None, None] * digits  # (digit, S or W, digit, S or W, sequences)
-    columns = []
-    for part in ((products >> LIMB_BITS).sum(-1), (products & LIMB_MASK).sum(-1)):
-        columns.append((part[0, :, 0], part[0, :, 1] + part[1, :, 0], part[1, :, 1]))
-    upper, lower = columns
-    limbs = [torch.zeros_like(upper[0]), upper[0], lower[0] + upper[1], lower[1] + upper[2], lower[2]]
-    square = torch.stack(limbs, -1)  # (S or W, S or W, limbs)
-    weighty = (sums[:, 1] != 0).any(0)
-    counts = torch.stack([weighty.sum(), (wide & weighty).sum()])
-    return torch.cat([square[0].flatten(), square[1, 1]]), counts
+def _heaviest(weight: Any, limit: float) -> float:
+    """Return the largest of weights; infinity if they are not known to be in `[0, limit)`."""
+    low, high = extremes(weight)
+    return high if low >= 0 and high < limit else math.inf

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -142,9 +143,13 @@ class TallyMetric(Metric):
 
     @tally.setter
     def tally(self, tally: Tally | GroupTally) -> None:
+        self._keep(tally)
+
+    def _keep(self, tally: Tally | GroupTally) -> None:
         # Rebound, never changed in place: compute groups and wrappers hold the old state, and one made in
-        # inference mode must not be written to outside it.
-        setattr(self, self._state_name, tally.state)
+        # inference mode must not be written to outside it. Past the `__setattr__` of modules, which would do the same
+        # after it has looked for parameters.
+        self.__dict__[self._state_name] = tally.state
 
     def add(self, batch: Any) -> None:
         """Add a tally that was made elsewhere, by `xent_metrics.functional.tally` or another metric."""
@@ -167,18 +172,24 @@ class TallyMetric(Metric):
         self._require_unsynced()
         batch: Any = self._looked_at_batch(*args, **kwargs)
         accumulated = self.tally + batch
-        self.tally = batch
-        try:
-            with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.dist_sync_on_step):
-                parts = self._parts(self.tally)
-                readings = (DeviceReading(part, self.nan_policy, self.confidence) for part in parts)
-                value = self._read(*readings)
-        finally:
-            self.tally = accumulated
-        self._update_count += 1
-        self._computed = None
-        self._forward_cache = value
+        if self.dist_sync_on_step:
+            self.tally = batch
+            try:
+                with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+                    value = self._read_quickly(self.tally)
+            finally:
+                self.tally = accumulated
+        else:
+            value = self._read_quickly(batch)
+            self._keep(accumulated)
+        # Past the `__setattr__` of modules too.
+        self.__dict__.update(_update_count=self._update_count + 1, _computed=None, _forward_cache=value)
         return value
+
+    def _read_quickly(self, batch: Any) -> Any:
+        with np.errstate(all="ignore"):  # Where a tensor would be NaN or infinite, so is a number.
+            parts = self._parts(batch)
+            return self._read(*(DeviceReading(part, self.nan_policy, self.confidence, quick=True) for part in parts))
 
     def compute(self) -> Any:
         """Read the tally, of all ranks together; see the class for what the numbers mean.
@@ -257,7 +268,7 @@ class TallyMetric(Metric):
         except Exception:
             self._update_count -= 1  # torchmetrics counts the call before it is made.
             raise
-        self.tally = self.tally + batch
+        self._keep(self.tally + batch)
 
     def _require_unsynced(self) -> None:
         """Raise where a batch would be lost, as the tally of all ranks gives way to that of this one."""
@@ -306,10 +317,10 @@ class TallyMetric(Metric):
     def _as_tensors(self, values: dict[str, Any]) -> dict[str, Tensor]:
         """Move Python numbers to the device, floats in one copy and integers in another."""
         moved: dict[str, Tensor] = {}
-        for kind, dtype in ((float, widest_float(self.device)), (int, torch.int64)):
-            names = [name for name, value in values.items() if isinstance(value, kind)]
+        for kinds, dtype in ((float, widest_float(self.device)), ((int, np.integer), torch.int64)):
+            names = [name for name, value in values.items() if isinstance(value, kinds)]
             if names:  # None where the reading is on the device already.
-                numbers = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
+                numbers = torch.from_numpy(np.array([values[name] for name in names])).to(self.device, dtype)
                 moved.update(zip(names, numbers.unbind(), strict=True))
         return {name: moved.get(name, value) for name, value in values.items()}
 
@@ -350,5 +361,6 @@ class LossMetric(TallyMetric):
 
     def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Tally:
         assert isinstance(self.options, LossOptions)
-        class_weight, token_bytes = getattr(self, "class_weight", None), getattr(self, "token_bytes", None)
+        own = self.__dict__  # Where there is no such tensor, a module looks long before it says so.
+        class_weight, token_bytes = own.get("class_weight"), own.get("token_bytes")
         return tally_batch(preds, target, weight, self.options, class_weight, token_bytes, self.sequence_group)

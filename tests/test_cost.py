@@ -1,0 +1,70 @@
+"""What a call costs, as numbers of operators, which do not depend on the machine or on what else runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Operators
+from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, GroupedCrossEntropy
+
+VIEWS = ("view", "select", "slice", "unsqueeze", "permute", "transpose", "unbind", "detach", "alias", "expand")
+BATCH = torch.randn(2, 8, 50), torch.randint(0, 50, (2, 8))
+PADDED = BATCH[0], BATCH[1].where(torch.arange(8) < 6, -100)
+
+
+def operators_of(call: Callable[[], object], operators: Operators) -> int:
+    """Count the operators of the second call, views apart; the first one looks at what `preds` look like."""
+    call()
+    operators.counts.clear()
+    with operators:
+        call()
+    names = (name.split(".")[1].strip("_") for name in operators.counts.elements())
+    return sum(not name.startswith(VIEWS) for name in names)
+
+
+@pytest.fixture(name="_elsewhere")
+def _on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look at no value, as on an accelerator."""
+    for module in ("checks", "batch"):
+        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
+
+
+def test_update_of_a_small_batch(operators: Operators) -> None:
+    """The losses are two operators, and what is then done to a few numbers is not PyTorch's work."""
+    report = CrossEntropyReport()
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 6
+    assert operators_of(lambda: report.update(*BATCH, weight=torch.ones(2, 8)), operators) <= 10
+    assert operators_of(lambda: report.update(*PADDED), operators) <= 12
+
+
+def test_forward_of_a_small_batch(operators: Operators) -> None:
+    """The value of a batch costs no more operators than making tensors of its readings."""
+    report = CrossEntropyReport()
+    assert operators_of(lambda: report(*BATCH), operators) <= 7
+
+
+@pytest.mark.usefixtures("_elsewhere")
+def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
+    """On an accelerator, where each operator is a kernel to start, there are some more."""
+    report = CrossEntropyReport()
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 102
+    assert operators_of(lambda: report(*BATCH), operators) <= 167
+
+
+@pytest.mark.parametrize(
+    ("metric", "batch", "most"),
+    [
+        (CrossEntropyReport(input="losses"), (torch.rand(64, 1024), torch.zeros(64, 1024, dtype=torch.int64)), 4),
+        (BinaryCrossEntropy(), (torch.randn(64, 32), torch.zeros(64, 32)), 12),
+        (CrossEntropy(), (torch.randn(512, 4000), torch.zeros(512, dtype=torch.int64)), 12),
+        (GroupedCrossEntropy(3), (*BATCH, torch.zeros(2, 8, dtype=torch.int64)), 32),
+    ],
+    ids=["losses", "binary", "two blocks of rows", "groups"],
+)
+def test_update(metric: CrossEntropy, batch: tuple[Tensor, ...], most: int, operators: Operators) -> None:
+    """Other metrics and sizes are not far from that."""
+    assert operators_of(lambda: metric.update(*batch), operators) <= most
