@@ -514,7 +514,7 @@ def _score_hard(
     scored = None
     if isinstance(preds, LinearLogits) and free_to_look(index):
         left_out = any_of(ignored, out_of_range)
-        scored = None if left_out is None else (~left_out).nonzero().squeeze(1)
+        scored = torch.arange(len(index)) if left_out is None else (~left_out).nonzero().squeeze(1)
     losses = []
     for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper, scored):
         count = _number_of(rows)
@@ -527,10 +527,9 @@ def _score_hard(
             nll.mul_(1 - smoothing) if smoothing < 1 else nll.zero_()  # Not 0 * inf.
             nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
         losses.append(nll)
-    nothing = index.new_empty(0, dtype=compute_dtype(preds))
-    loss = losses[0] if len(losses) == 1 else torch.cat([*losses, nothing])
+    loss = losses[0] if len(losses) == 1 else torch.cat([*losses, index.new_empty(0, dtype=compute_dtype(preds))])
     if scored is not None:  # The others were not made.
-        loss = nothing.new_zeros(index.shape).index_copy_(0, scored, loss)
+        loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
     return TargetLosses(loss, norm, ignored, out_of_range, improper)
 
 
