@@ -219,7 +219,9 @@ def with_one_read(costs: Costs) -> Costs:
 class Operators(TorchDispatchMode):
     """Counts the ATen operators that run and are no views."""
 
-    count = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += not func.is_view
@@ -436,9 +438,12 @@ def imports(_: Shape) -> Functions:
         "print(time.perf_counter() - started)"
     )
     command = [sys.executable, "-c", code]
+    # With the bytecode that an installed package has; the call that is tried first writes it.
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def run() -> Taken:
-        return Taken(float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout))
+        done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, check=True)
+        return Taken(float(done.stdout))
 
     return {"`import xent_metrics`": run}
 
@@ -770,7 +775,7 @@ class Load:
         others = (self._others() - self.others_before) / seconds
         warning = " **The machine was busy: do not trust the figures above.**" if others > 0.1 else ""
         load = f"load average at the end: {os.getloadavg()[0]:.1f}, of which 1 to 2 are this run"
-        return f"Took {seconds:.0f} s; {load}; others kept {others:.2f} cores busy.{warning}"
+        return f"Took {seconds:.0f} s; {load}; others (the two ranks among them) kept {others:.2f} cores busy.{warning}"
 
     def _others(self) -> float:
         """CPU seconds of all processes but this one and those that it has waited for."""
@@ -798,8 +803,8 @@ def report(quick: bool, allocators: Sequence[str]) -> Iterator[str]:
     yield ""
     yield "### Extra memory of a call"
     yield ""
-    yield "Of the process: the peak (VmHWM) less what was there (VmRSS), in a fresh one whose malloc and MKL keep nothing."
-    yield "Of torch's allocator: the profiler's peak, without what a matmul takes for itself; the targets of heads are of it."
+    yield "Of the process: its peak (VmHWM) less what was there (VmRSS); a fresh one whose malloc and MKL keep nothing."
+    yield "Of torch's allocator: the profiler's peak, without what a matmul takes for itself; targets of heads mean it."
     yield ""
     yield from head("what", "measured", "of the process", "of torch's allocator", "target")
     try:
