@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from tests import bench
 
@@ -15,10 +16,12 @@ def _quick(tmp_path_factory) -> tuple[str, str]:
     capture = pytest.MonkeyPatch()
     lines: list[str] = []
     capture.setattr(bench, "print", lambda line, **_: lines.append(line), raising=False)
+    threads = torch.get_num_threads()
     try:
         bench.main(["--quick", "--into", str(page)])
     finally:
         capture.undo()
+        torch.set_num_threads(threads)
     return "\n".join(lines), page.read_text()
 
 
