@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEMO ?= examples/char_lm/main.py fit --config configs/char_lm.yaml
 DASHBOARDS ?= runs/dashboards
+BENCH ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
@@ -13,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards test lint types format clean
+.PHONY: help demo dashboards bench test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -23,6 +24,9 @@ demo: $(READY)  ## train the character-level language model
 
 dashboards: $(READY)  ## train a few steps and look at the dashboards in a real browser (needs Chromium)
 	$(BIN)/python -m tests.dashboards $(DASHBOARDS)
+
+bench: $(READY)  ## measure what the library costs beside its peers, on two idle cores (BENCH='--quick' passes options on)
+	$(BIN)/python -m tests.bench $(BENCH)
 
 test: $(READY)  ## run all tests and doctests (PYTEST_ARGS='-k tally -n 4' passes options on)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -52,21 +52,26 @@ def _operators() -> Operators:
     return Operators()
 
 
+def allocator_peak(call: Callable[[], object], folder: Path) -> int:
+    """Return the most memory that torch holds during a call beyond what was there; a trace is written to a folder."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    trace = folder / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    held, peak = 0, 0
+    for event in json.loads(trace.read_text())["traceEvents"]:
+        if event["name"] == "[memory]":
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+    return peak
+
+
 @pytest.fixture(name="peak_bytes")
 def _peak_bytes(tmp_path: Path) -> Callable[[Callable[[], object]], int]:
     """Measure the most memory that a call holds beyond what it found, temporaries inside operators included."""
 
     def measure(call: Callable[[], object]) -> int:
         call()  # The first call of an operator may fill caches of its own.
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            call()
-        trace = tmp_path / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        held, peak = 0, 0
-        for event in json.loads(trace.read_text())["traceEvents"]:
-            if event["name"] == "[memory]":
-                held += event["args"]["Bytes"]
-                peak = max(peak, held)
-        return peak
+        return allocator_peak(call, tmp_path)
 
     return measure

@@ -907,13 +907,14 @@ def test_no_factors_for_yes_or_no_targets(call: str) -> None:
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
 def test_factors_that_are_spread_over_ranks(name: str) -> None:
     """A part that is a DTensor is refused, with what to pass instead."""
+
+    class Spread(torch.Tensor):
+        placements = device_mesh = None  # By which the library knows a DTensor.
+
     parts = {"hidden": HIDDEN, "weight": HEAD, "bias": HEAD[:, 0].clone()}
-    parts[name].placements = parts[name].device_mesh = None  # By which the library knows one.
-    try:
-        preds = LinearLogits(**parts)
-        message = raised(TypeError, lambda: functional.cross_entropy(preds, torch.zeros(2, 3, dtype=torch.int64)))
-    finally:
-        del parts[name].placements, parts[name].device_mesh
+    parts[name] = parts[name].as_subclass(Spread)
+    preds = LinearLogits(**parts)
+    message = raised(TypeError, lambda: functional.cross_entropy(preds, torch.zeros(2, 3, dtype=torch.int64)))
     assert re.match(rf"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor\(\)", message)
 
 

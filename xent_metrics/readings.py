@@ -456,9 +456,13 @@ def normal_quantile(confidence: float) -> float:
     return -quantile
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # It is C, which cannot be traced.
 def _inverse_cdf(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
+
+
+# It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but that first
+# imports the compiler, which takes a second.
+_inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _exp(x: Fraction | float) -> float:
