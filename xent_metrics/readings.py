@@ -460,8 +460,8 @@ def _inverse_cdf(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
-# It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but that first
-# imports the compiler, which takes a second.
+# It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but for
+# importing the compiler first, which takes a second.
 _inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
