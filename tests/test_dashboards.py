@@ -118,11 +118,12 @@ def charts(layout: dict[str, Any], title: str) -> dict[str, dict[str, Any]]:
     return {chart["title"]: chart for chart in category["chart"]}
 
 
-def test_the_runs_are_the_fit_and_its_overlays(ask: Ask) -> None:
+def test_the_runs_are_the_fit_and_its_overlays(run, ask: Ask) -> None:
     """Overlaid readings have tags of their own in runs of their own, hence a colour of their own."""
     tags = ask("data/plugin/scalars/tags")
     assert set(tags) == {"run", "run/train", "run/val", "run/test"}
     assert set(tags["run/train"]) == set(tags["run/val"]) == set(READINGS)
+    assert len(list((run[0] / "run" / "train").iterdir())) == 1
     for stage in ("train", "val"):
         for name in READINGS:
             assert tags[f"run/{stage}"][name]["description"] == tags["run"][f"{stage}/{name}"]["description"] != ""
@@ -495,6 +496,21 @@ def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp
     monitor = CrossEntropyMonitor(losses, num_classes=2)
     fit(TensorBoardLogger(tmp_path, name="", version="wrong"), monitor, max_epochs=1)
     assert not kinds(tmp_path / "wrong")["references"]
+
+
+def test_lines_to_compare_with_have_one_point_a_step(tmp_path) -> None:
+    """The eighth point of training is at the step of the fourth validation."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=4, log_every_n_steps=5)
+    assert [step for step, _ in scalars(tmp_path / "run")["val/uniform_bits_per_token"]] == [4, 9, 14, 19]
+
+
+def test_a_sanity_check_is_no_validation_of_the_page(tmp_path) -> None:
+    """Nothing was validated, and nothing is said to have been."""
+    kwargs = {"max_epochs": 1, "check_val_every_n_epoch": 9}
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), **kwargs)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| the last validation | 0 | 0 | 0 |" in page
 
 
 def test_a_run_of_ten_thousand_log_points_stays_small(tmp_path) -> None:
