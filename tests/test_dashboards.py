@@ -244,8 +244,8 @@ def test_reference_lines_are_a_model_that_knows_nothing_and_one_that_knows_frequ
     for name, bits in expected.items():
         points = ask(f"data/plugin/scalars/scalars?run=run&tag=val/{name}_bits_per_token")
         # Every validation, and every eighth point of training: a chart leaves out what few of its points reach.
-        assert [step for _, step, _ in points] == [4, 9, 11, 14, 19, 23, 24]
-        assert [value for _, _, value in points] == pytest.approx([bits] * 7, rel=1e-6)
+        assert [step for _, step, _ in points] == [4, 9, 14, 15, 19, 24]
+        assert [value for _, _, value in points] == pytest.approx([bits] * 6, rel=1e-6)
 
 
 # What is switched off, and what is not there.
@@ -499,9 +499,10 @@ def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp
 
 
 def test_lines_to_compare_with_have_one_point_a_step(tmp_path) -> None:
-    """The eighth point of training is at the step of the fourth validation."""
-    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=4, log_every_n_steps=5)
-    assert [step for step, _ in scalars(tmp_path / "run")["val/uniform_bits_per_token"]] == [4, 9, 14, 19]
+    """The eighth window of training ends at the step of the eighth validation."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=8, log_every_n_steps=5)
+    steps = [step for step, _ in scalars(tmp_path / "run")["val/uniform_bits_per_token"]]
+    assert steps == list(range(4, 40, 5))
 
 
 def test_a_sanity_check_is_no_validation_of_the_page(tmp_path) -> None:

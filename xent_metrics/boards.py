@@ -65,7 +65,7 @@ class Boards:
         """Begin another run."""
         self._references: dict[str, float] | None = None
         self._num_validations = 0
-        self._num_train_points = 0
+        self._num_windows = 0
         self._referred_at = -1
         self._last: Gallery | None = None  # Of the last validation, if it was not drawn.
         self._history: list[Reached] = []
@@ -114,15 +114,19 @@ class Boards:
         for board in self._boards:
             board.log_hparams(hparams, tags)
 
-    def announce(self, values: Mapping[str, float], stage: str, step: int) -> None:
-        """Describe and lay out what is about to be written, overlay it, and go on with the lines to compare it with."""
+    def announce(self, values: Mapping[str, float]) -> None:
+        """Describe and lay out what is about to be written."""
         for board in self._boards:
             board.announce(values)
+
+    def accompany(self, values: Mapping[str, float], stage: str, step: int) -> None:
+        """Overlay what is written at a step, and go on with the lines to compare it with."""
+        for board in self._boards:
             board.overlay(stage, values, step)
         if stage == "train":
             # A chart leaves out what fewer than a twentieth of its points reach, and validations are few.
-            self._num_train_points += 1
-            if self._num_train_points % 8 == 0:
+            self._num_windows += 1
+            if self._num_windows % 8 == 0:
                 self._write_references(step)
 
     def _write_references(self, step: int) -> None:

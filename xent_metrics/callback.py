@@ -411,7 +411,8 @@ class CrossEntropyMonitor(Callback):
         `self.log` would copy every value to the device and back, and write a window again if it decides to write
         after a batch that was no log point here.
         """
-        self._boards.announce(values, "train", _step(trainer))
+        self._boards.announce(values)
+        self._boards.accompany(values, "train", _step(trainer))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=_step(trainer))
         trainer.callback_metrics.update(_as_tensors(values))
@@ -419,7 +420,9 @@ class CrossEntropyMonitor(Callback):
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float], stage: str) -> None:
         """Log values of an epoch, which Lightning returns and monitors too."""
         if not trainer.sanity_checking:
-            self._boards.announce(values, stage, _step(trainer))
+            self._boards.announce(values)
+            if stage != "train":  # Whose epochs have no line of their own.
+                self._boards.accompany(values, stage, _step(trainer))
             others = {
                 tag: value for tag, value in self._reached.items() if not tag.startswith(f"{self.prefix}{stage}/")
             }
