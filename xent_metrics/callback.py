@@ -285,8 +285,7 @@ class CrossEntropyMonitor(Callback):
     ) -> None:
         """Tally the batch."""
         drawn = self._unrepeated(trainer.val_dataloaders, "val", batch_idx, dataloader_idx)
-        batch_tallies = self._tally("validation_step", outputs, batch, drawn, self._gallery)
-        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], batch_tallies)
+        self._evaluate("validation_step", outputs, batch, drawn, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
@@ -325,12 +324,18 @@ class CrossEntropyMonitor(Callback):
     ) -> None:
         """Tally the batch."""
         drawn = self._unrepeated(trainer.test_dataloaders, "test", batch_idx, dataloader_idx)
-        batch_tallies = self._tally("test_step", outputs, batch, drawn)
-        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], batch_tallies)
+        self._evaluate("test_step", outputs, batch, drawn, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
         self._log_epoch(trainer, pl_module, self._read_evaluation("test")[0], "test")
+
+    def _evaluate(
+        self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None, dataloader_idx: int
+    ) -> None:
+        """Add a batch to the tallies of its loader."""
+        tallies = self._tally(step, outputs, batch, drawn, self._gallery)
+        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], tallies)
 
     def _forget(self) -> None:
         # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what

@@ -41,7 +41,6 @@ except ModuleNotFoundError as error:  # pragma: no cover
 
 UNIFORM, UNIGRAM = "uniform_bits_per_token", "unigram_bits_per_token"
 
-_UNITS = {"cross_entropy": "nats", "bits_per_token": "bits", "bits_per_byte": "bits", "perplexity": ""}
 _DEFINITIONS = {
     "cross_entropy": "Cross-entropy in **nats** a target: the mean of `-ln` of the probability that the model gave to "
     "what came. Lower is better; 0 is certain and right.",
