@@ -77,7 +77,10 @@ class CrossEntropyMonitor(Callback):
           `confidence`, clustered by sequence; not logged where there are no two sequences;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
         - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
-        - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets.
+        - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
+        - for TensorBoard alone, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
+          `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
+          `dashboards`.
 
         NaN is logged where there are no targets at all.
 
