@@ -35,10 +35,10 @@ from xent_metrics.checks import (
     raises_now,
 )
 from xent_metrics.distributed import is_distributed
+from xent_metrics.kernels import Backend, Input
 from xent_metrics.losses import (
     BinaryInput,
     BinaryOptions,
-    Input,
     LinearLogits,
     LossOptions,
     SmoothingOver,
@@ -89,6 +89,7 @@ def cross_entropy(
     shift: bool = False,
     unit: Unit = "nats",
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of all targets at once: the sum of `weight * loss` over the sum of `weight`.
 
@@ -101,7 +102,7 @@ def cross_entropy(
     check_unit(unit)
     check_class_weight(class_weight, input)
     check_reading(nan_policy)
-    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift, backend)
     reading = _read(tally_batch(preds, target, weight, options, class_weight), nan_policy)
     return reading.cross_entropy if unit == "nats" else reading.bits_per_token
 
@@ -117,6 +118,7 @@ def bits_per_token(
     eps: float | None = None,
     shift: bool = False,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy in bits, nats over ln 2; see `xent_metrics.BitsPerToken`.
 
@@ -124,7 +126,7 @@ def bits_per_token(
     tensor(3.0000, dtype=torch.float64)
     """
     check_reading(nan_policy)
-    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
     return _read(tally_batch(preds, target, weight, options), nan_policy).bits_per_token
 
 
@@ -139,6 +141,7 @@ def perplexity(
     eps: float | None = None,
     shift: bool = False,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Exponential of the cross-entropy in nats; see `xent_metrics.Perplexity`.
 
@@ -146,7 +149,7 @@ def perplexity(
     tensor(8.0000, dtype=torch.float64)
     """
     check_reading(nan_policy)
-    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
     return _read(tally_batch(preds, target, weight, options), nan_policy).perplexity
 
 
@@ -163,6 +166,7 @@ def bits_per_byte(
     eps: float | None = None,
     shift: bool = False,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Total bits over total UTF-8 bytes; see `xent_metrics.BitsPerByte`.
 
@@ -175,7 +179,7 @@ def bits_per_byte(
     check_omitted_bytes(nan_policy, num_bytes)
     if token_bytes is not None:
         token_bytes = as_token_table(token_bytes)
-    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
     return _read(tally_per_byte(preds, target, num_bytes, weight, options, token_bytes), nan_policy).bits_per_token
 
 
@@ -191,6 +195,7 @@ def binary_cross_entropy(
     eps: float | None = None,
     unit: Unit = "nats",
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Binary cross-entropy of all targets at once; see `xent_metrics.BinaryCrossEntropy`.
 
@@ -200,7 +205,7 @@ def binary_cross_entropy(
     check_unit(unit)
     check_pos_weight(pos_weight)
     check_reading(nan_policy)
-    options = BinaryOptions(input, label_smoothing, ignore_index, eps)
+    options = BinaryOptions(input, label_smoothing, ignore_index, eps, backend)
     reading = _read(tally_binary(preds, target, weight, options, pos_weight), nan_policy)
     return reading.cross_entropy if unit == "nats" else reading.bits_per_token
 
@@ -217,6 +222,7 @@ def cross_entropy_decomposition(
     ignore_index: int | None = -100,
     eps: float | None = None,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> dict[str, Tensor]:
     """Cross-entropy, entropy and KL divergence; see `xent_metrics.CrossEntropyDecomposition`.
 
@@ -226,7 +232,7 @@ def cross_entropy_decomposition(
     """
     check_reading(nan_policy)
     check_distributions(input)
-    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
+    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, backend=backend)
     batch = tally_decomposition(preds, target, weight, options)
     return decomposition(*(_read(part, nan_policy) for part in decomposed(batch, nan_policy)))
 
@@ -248,6 +254,7 @@ def grouped_cross_entropy(
     shift: bool = False,
     unit: Unit = "nats",
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of each group of targets; see `xent_metrics.GroupedCrossEntropy`.
 
@@ -258,7 +265,7 @@ def grouped_cross_entropy(
     check_num_classes("num_groups", num_groups)
     check_class_weight(class_weight, input)
     check_reading(nan_policy)
-    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift, backend)
     batch = tally_grouped(preds, target, group, weight, options, class_weight, num_groups)
     reading = _read(batch, nan_policy)
     return reading.cross_entropy if unit == "nats" else reading.bits_per_token
@@ -275,6 +282,7 @@ def normalized_cross_entropy(
     ignore_index: int | None = -100,
     eps: float | None = None,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy over the entropy of the class frequencies; see `xent_metrics.NormalizedCrossEntropy`.
 
@@ -283,7 +291,7 @@ def normalized_cross_entropy(
     """
     check_num_classes("num_classes", num_classes, 2)
     check_reading(nan_policy)
-    options = LossOptions(input, class_dim, 0.0, ignore_index, eps)
+    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, backend=backend)
     return _read(tally_by_class(preds, target, weight, options, num_classes), nan_policy).normalized_cross_entropy
 
 
@@ -299,6 +307,7 @@ def cross_entropy_difference(
     eps: float | None = None,
     shift: bool = False,
     nan_policy: NanPolicy = "propagate",
+    backend: Backend = "auto",
     confidence: float = 0.95,
 ) -> dict[str, Tensor]:
     """By how much model b is better or worse than model a; see `xent_metrics.CrossEntropyDifference`.
@@ -308,7 +317,7 @@ def cross_entropy_difference(
     tensor(-2.0794, dtype=torch.float64)
     """
     check_reading(nan_policy, confidence)
-    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+    options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
     reading = _read(tally_difference(preds_a, preds_b, target, weight, options), nan_policy, confidence)
     return {name: getattr(reading, attribute) for name, attribute in DIFFERENCE.items()}
 
@@ -324,6 +333,7 @@ def per_target_losses(
     label_smoothing_over: SmoothingOver = "all",
     ignore_index: int | None = -100,
     eps: float | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Loss of every target in nats, as `F.cross_entropy(..., reduction="none")` but without its copies of the logits.
 
@@ -337,7 +347,7 @@ def per_target_losses(
     >>> per_target_losses(torch.tensor([[2.0, 1.0, 0.1], [0.0, 0.0, 0.0]]), torch.tensor([0, -100]))
     tensor([0.4170, 0.0000])
     """
-    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
+    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, backend=backend)
     check_class_weight(class_weight, input)
     losses = target_losses(preds, target, options, class_weight)
     raise_invalid(losses, None, preds, target, options, counted=False)
@@ -360,6 +370,7 @@ def tally(
     ignore_index: int | None = -100,
     eps: float | None = None,
     shift: bool = False,
+    backend: Backend = "auto",
 ) -> Tally:
     """Exact sums and counts of a batch, to be added to other tallies; see `xent_metrics.tally.Tally`.
 
@@ -367,7 +378,7 @@ def tally(
     >>> (batch + batch).totals().scored
     6
     """
-    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+    options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift, backend)
     check_class_weight(class_weight, input)
     batch = tally_batch(preds, target, weight, options, class_weight)
     return Tally.zero(batch.state.device) + batch

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from xent_metrics import kernels
 from xent_metrics.checks import (
     any_of,
     at_hand,
@@ -41,8 +41,8 @@ from xent_metrics.checks import (
 )
 from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
 from xent_metrics.exact import LIMIT, widest_float
+from xent_metrics.kernels import Backend, Input, Results, compiles, fuses, loss_dtype, run
 
-Input = Literal["logits", "log_probs", "probs", "losses"]
 BinaryInput = Literal["logits", "probs"]
 SmoothingOver = Literal["all", "others"]
 
@@ -59,6 +59,10 @@ _FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
 _SOFT_EXCESS = {torch.float32: 1e-3, torch.float64: 1e-3}
 _LOW_PRECISION_SOFT_EXCESS = 1e-2
 
+# Rows that are left out can be skipped if the others are gathered, which costs more than it saves while they are few.
+_MOST_SCORED = 0.75
+_FEW_SCORES = 2**17  # Less than these are made in the time that it takes to find out which.
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -72,6 +76,7 @@ class LossOptions:
         eps: Clip probabilities to `[eps, 1 - eps]`; None clips nothing, and a probability of 0 is an infinite loss.
         label_smoothing_over: Which classes the smoothing is spread over: `"all"`, or `"others"` than the true one.
         shift: Whether position t of `preds` scores target t + 1.
+        backend: Whether a compiler makes the losses.
     """
 
     input: Input = "logits"
@@ -81,9 +86,11 @@ class LossOptions:
     eps: float | None = None
     label_smoothing_over: SmoothingOver = "all"
     shift: bool = False
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("input", self.input, get_args(Input))
+        _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("label_smoothing_over", self.label_smoothing_over, get_args(SmoothingOver))
         if not is_integer(self.class_dim):
             raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
@@ -121,15 +128,18 @@ class BinaryOptions:
         label_smoothing: `a` in the target `(1 - a) * y + a / 2`.
         ignore_index: The target that is not scored; None for none.
         eps: Clip probabilities to `[eps, 1 - eps]`; None clips nothing.
+        backend: Whether a compiler makes the losses.
     """
 
     input: BinaryInput = "logits"
     label_smoothing: float = 0.0
     ignore_index: int | None = None
     eps: float | None = None
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("input", self.input, get_args(BinaryInput))
+        _check_choice("backend", self.backend, get_args(Backend))
         _check_ignore_index(self.ignore_index)
         _check_smoothing(self.label_smoothing)
         object.__setattr__(self, "label_smoothing", float(self.label_smoothing))
@@ -337,7 +347,7 @@ def target_losses(
     check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
     with no_graph():
         if class_weight is not None:
-            class_weight = class_weight.to(compute_dtype(preds))
+            class_weight = class_weight.to(loss_dtype(preds))
         if isinstance(preds, Tensor) and is_dtensor(preds):
             shard = vocab_shard(preds, options.class_dim)
             if shard is not None:
@@ -362,13 +372,10 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             rest = smoothing / num_classes
             nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
             return torch.full((target.numel(),), nats, dtype=widest_float(preds.device), device=preds.device)
-        entropy = torch.empty(target.numel() // num_classes, dtype=compute_dtype(target), device=target.device)
-        copied = LossOptions("log_probs", options.class_dim)  # Rows as they are.
-        for rows, probs, _ in _log_prob_blocks(target, None, copied):
-            if smoothing:
-                probs.mul_(1 - smoothing).add_(smoothing / num_classes)
-            entropy[rows] = torch.special.entr(probs).sum(1)[: _number_of(rows)]
-        return entropy
+        results = []
+        for rows, probs, buffer, _, _ in _blocks(target, None, replace(options, input="probs", eps=None)):
+            results.append(_cut(run(options.backend, kernels.entropy, (probs, buffer), smoothing=smoothing), rows))
+        return _joined(results)[0] if results else target.new_empty(0, dtype=loss_dtype(target))
 
 
 def binary_losses(
@@ -400,29 +407,15 @@ def binary_losses(
     with torch.no_grad():
         ignored = _is_ignored(target, options)
         out_of_range = _outside_unit(target, ignored)
-        scores = preds.to(compute_dtype(preds))
-        positive = target.to(scores.dtype)
-        if options.label_smoothing:
-            positive = positive.mul(1 - options.label_smoothing).add(options.label_smoothing / 2)
-        negative = 1 - positive
-        if pos_weight is not None:
-            positive = positive * pos_weight.to(scores.dtype)
-        improper = None
-        if options.input == "logits":
-            log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
-        else:
-            improper = (scores < 0) | (scores > 1)
-            log_p, log_q = scores.log(), torch.log1p(-scores)
-            if options.eps is not None:
-                bounds = math.log(options.eps), math.log1p(-options.eps)
-                log_p, log_q = log_p.clamp(*bounds), log_q.clamp(*bounds)
-        for log, coefficient in ((log_p, positive), (log_q, negative)):
-            if extremes(at_hand(log.mul_(coefficient)))[0] > -math.inf:
-                continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
-            log.masked_fill_(coefficient == 0, 0.0)
-        loss = torch.neg(log_p + log_q)
+        tensors: tuple[Tensor | None, ...] = preds, target, pos_weight
+        if compiles(options.backend):  # For one dimension, whatever the shape.
+            tensors = tuple(
+                None if x is None else _paired(x.expand(target.shape).reshape(-1).contiguous()) for x in tensors
+            )
+        constants = {"input": options.input, "eps": options.eps, "smoothing": options.label_smoothing}
+        loss, improper = run(options.backend, kernels.binary, tensors, **constants)
         losses = TargetLosses(loss, None, ignored, out_of_range, improper)
-        return losses.map(lambda x: x.reshape(-1)).as_sequences(target.shape)
+        return losses.map(lambda x: x.reshape(-1)[: target.numel()]).as_sequences(target.shape)
 
 
 def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
@@ -506,31 +499,50 @@ def _score_hard(
     """Score flat class indices."""
     if options.input == "losses":
         assert isinstance(preds, Tensor)
-        return TargetLosses(preds.reshape(-1).to(compute_dtype(preds)), None, _is_ignored(index, options), None)
+        return TargetLosses(preds.reshape(-1).to(loss_dtype(preds)), None, _is_ignored(index, options), None)
     index, ignored, out_of_range = _sort_out(index, preds.shape[options.class_dim], options)
-    improper = torch.empty_like(index, dtype=torch.bool) if options.input == "probs" else None
     norm = None if class_weight is None else class_weight[index]
-    smoothing = options.smoothing(preds.shape[options.class_dim])
-    scored = None
-    if isinstance(preds, LinearLogits) and free_to_look(index):
-        left_out = any_of(ignored, out_of_range)
-        scored = torch.arange(len(index)) if left_out is None else (~left_out).nonzero().squeeze(1)
-    losses = []
-    for rows, log_probs, _ in _log_prob_blocks(preds, None, options, improper, scored):
-        count = _number_of(rows)
-        here = index if index.shape[0] == count else index[rows]
-        nll = F.nll_loss(_first(log_probs, count), here, reduction="none")
-        if norm is not None:
-            nll.mul_(norm[rows]).masked_fill_(norm[rows] == 0, 0.0)
-        if smoothing:
-            _weigh(log_probs, class_weight)
-            nll.mul_(1 - smoothing) if smoothing < 1 else nll.zero_()  # Not 0 * inf.
-            nll.sub_(log_probs.sum(1)[:count], alpha=smoothing / log_probs.shape[1])
-        losses.append(nll)
-    loss = losses[0] if len(losses) == 1 else torch.cat([*losses, index.new_empty(0, dtype=compute_dtype(preds))])
+    scored = _rows_to_score(preds, index, any_of(ignored, out_of_range))
+    num_classes = preds.shape[options.class_dim]
+    smooth, results = options.smoothing(num_classes) > 0, []
+    kernel = kernels.reduced if compiles(options.backend) else kernels.looked_up
+    for rows, scores, buffer, _, _ in _blocks(preds, None, options, scored):
+        tensors = scores, _of_rows(index, rows), class_weight, buffer
+        found = run(options.backend, kernel, tensors, input=options.input, eps=options.eps, smooth=smooth)
+        results.append(_cut(found, rows))
+    if not results:
+        return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), norm, ignored, out_of_range)
+    of_scored = norm if norm is None or scored is None else norm[scored]
+    loss, improper = _finished(_joined(results), of_scored, class_weight, num_classes, options)
     if scored is not None:  # The others were not made.
         loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
+        improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
     return TargetLosses(loss, norm, ignored, out_of_range, improper)
+
+
+def _finished(
+    found: Results, norm: Tensor | None, class_weight: Tensor | None, num_classes: int, options: LossOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Return losses, and what is improper, of what either kernel for class indices returns."""
+    if len(found) > 3:  # Of the one that leaves logarithms to be taken.
+        weight_of_all = num_classes if class_weight is None else class_weight.sum()
+        found = kernels.resolved(*found, input=options.input, weight_of_all=weight_of_all)
+    loss, of_all, improper = found
+    return kernels.weighted(loss, of_all, norm, options.smoothing(num_classes), num_classes), improper
+
+
+def _rows_to_score(preds: Tensor | LinearLogits, index: Tensor, left_out: Tensor | None) -> Tensor | None:
+    """Return which rows to make, where that can be known and saves something; None for all of them."""
+    if not free_to_look(index):
+        return None
+    linear = isinstance(preds, LinearLogits)
+    if not linear and preds.numel() < _FEW_SCORES:
+        return None
+    if left_out is None:  # Rows of `hidden` that are apart are gathered all the same, to be multiplied together.
+        apart = isinstance(preds, LinearLogits) and not preds.hidden.is_contiguous()
+        return torch.arange(len(index)) if apart else None
+    scored = (~left_out).nonzero().squeeze(1)
+    return scored if linear or len(scored) <= _MOST_SCORED * len(index) else None
 
 
 def _score_shard(
@@ -553,7 +565,7 @@ def _score_shard(
     rows = logits.movedim(options.class_dim, -1)
     width = rows.shape[-1]
     max_rows = max(2, _BUFFER_BYTES.get(logits.device.type, _ACCELERATOR_BUFFER_BYTES) // (4 * max(1, width)))
-    dtype = compute_dtype(logits)
+    dtype = loss_dtype(logits)
     top = torch.full(index.shape, -math.inf, dtype=dtype, device=index.device)
     blocks = list(_row_blocks([rows], max_rows)) if width else []  # A rank may have no classes at all.
     for block, (part,) in blocks:
@@ -565,26 +577,19 @@ def _score_shard(
     here = (local >= 0) & (local < width)
     local = local.masked_fill(~here, 0)
     own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
-    # Of each row: sum of exponentials, the target's logit, and the sum of all logits; each relative to the largest.
+    # Of each row: the target's logit, the sum of exponentials, and that of all logits; each relative to the largest.
     sums = torch.zeros(3, len(index), dtype=dtype, device=index.device)
     for block, (part,) in blocks:
-        relative = part.reshape(-1, width).to(dtype) - top[block, None]
-        sums[0, block] = relative.exp().sum(1)
-        sums[1, block] = relative.gather(1, local[block, None]).squeeze(1).masked_fill(~here[block], 0.0)
-        if smoothing:
-            _weigh(relative, own_weight)
-            sums[2, block] = relative.sum(1)
-    exponentials, of_target, of_all = sum_over_ranks(sums, shard.group)
-
-    log_sum = exponentials.log()
-    loss = log_sum - of_target
+        tensors = part.reshape(-1, width), local[block], own_weight, top[block]
+        found = run(options.backend, kernels.reduced, tensors, input="logits", eps=None, smooth=smoothing > 0)
+        for total, x in zip(sums, found, strict=False):
+            if x is not None:
+                total[block] = x
+    sums[0].masked_fill_(~here, 0.0)
+    of_target, exponentials, of_all = sum_over_ranks(sums, shard.group)
+    of_all = of_all if smoothing else None
     norm = None if class_weight is None else class_weight[index]
-    if norm is not None:
-        loss.mul_(norm).masked_fill_(norm == 0, 0.0)
-    if smoothing:
-        weight_of_all = num_classes if class_weight is None else class_weight.sum()
-        loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()
-        loss.sub_(of_all - log_sum * weight_of_all, alpha=smoothing / num_classes)
+    loss = _finished((of_target, exponentials, of_all, None), norm, class_weight, num_classes, options)[0]
     return TargetLosses(loss, norm, ignored, out_of_range).as_sequences(target.shape)
 
 
@@ -610,82 +615,119 @@ def _score_soft(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
 ) -> TargetLosses:
     """Score targets that are distributions."""
-    rows_total = preds.numel() // preds.shape[options.class_dim]
-    loss = torch.empty(rows_total, dtype=compute_dtype(preds), device=preds.device)
-    out_of_range = torch.empty(rows_total, dtype=torch.bool, device=preds.device)
-    improper = torch.empty_like(out_of_range) if options.input == "probs" else None
-    smoothing = options.smoothing(preds.shape[options.class_dim])
+    smoothing, results = options.smoothing(preds.shape[options.class_dim]), []
     excess = _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS)
-    for rows, log_probs, probs in _log_prob_blocks(preds, target, options, improper):
-        count = _number_of(rows)
-        # Asked so that a NaN is none either.
-        distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
-        out_of_range[rows] = ~distribution[:count]
-        if smoothing:
-            probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-        if class_weight is not None:
-            probs.mul_(class_weight)
-        _weigh(log_probs, probs)
-        loss[rows] = log_probs.sum(1)[:count].neg_()
+    constants = {"input": options.input, "eps": options.eps, "smoothing": smoothing, "excess": excess}
+    for rows, scores, buffer, probs, probs_buffer in _blocks(preds, target, options):
+        tensors = scores, probs, class_weight, buffer, probs_buffer
+        results.append(_cut(run(options.backend, kernels.soft, tensors, **constants), rows))
+    if not results:
+        return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)), None, None, None)
+    loss, out_of_range, improper = _joined(results)
     return TargetLosses(loss, None, None, out_of_range, improper)
 
 
-def _weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
-    """Multiply in place; a class of coefficient 0 adds nothing, even where its log-probability is `-inf`."""
-    if coefficient is not None:
-        log_probs.mul_(coefficient).masked_fill_(coefficient == 0, 0.0)
+def _of_rows(values: Tensor, rows: Rows) -> Tensor:
+    """Return what belongs to the rows of a block, of which there are two at least."""
+    return _paired(values if len(values) == _number_of(rows) else values[rows])
 
 
-def _log_prob_blocks(
-    preds: Tensor | LinearLogits,
-    target: Tensor | None,
-    options: LossOptions,
-    improper: Tensor | None = None,
-    scored: Tensor | None = None,
-) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-    """Yield which rows, their log-probabilities, and their soft targets where there are any.
+def _paired(values: Tensor) -> Tensor:
+    """Return numbers; two of it, if it is one alone."""
+    return values.repeat(2) if len(values) == 1 else values
 
-    Both are views of one buffer and have at least two rows, the second one meaningless if there is one: threads
-    would share the `sum` over a long row that is alone, and round it differently. Rows in which a probability is
-    outside [0, 1] are marked in `improper`. Of `LinearLogits`, whose bits no kernel could keep, only rows that are
-    `scored` are made, one row may be alone, and log-probabilities take the place of the logits.
+
+def _cut(results: Results, rows: Rows) -> Results:
+    """Return what a kernel returned of the rows that there are."""
+    count = _number_of(rows)
+    return tuple(None if x is None else _first(x, count) for x in results)
+
+
+def _joined(results: list[Results]) -> Results:
+    """Join what a kernel returned of each block."""
+    if len(results) == 1:
+        return results[0]
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _blocks(
+    preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
+) -> Iterator[tuple[Rows, Tensor, Tensor | None, Tensor | None, Tensor | None]]:
+    """Yield which rows, their scores and a buffer, their soft targets and a buffer, as kernels take them.
+
+    They are all rows, or those that are `scored`, a few at a time; or at once, where a compiler needs no buffers. They
+    are contiguous, and two at least, of which the second repeats one that is alone.
     """
-    num_classes, dtype = preds.shape[options.class_dim], compute_dtype(preds)
-    last = options.class_dim in (-1, preds.dim() - 1)
-    soft = [] if target is None else [target if last else target.movedim(options.class_dim, -1)]
-    linear = isinstance(preds, LinearLogits)
-    size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
-    num_buffers, fewest = 1 + len(soft), 1 if linear else 2
-    max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
-    num_rows = max(2, min(max_rows, preds.numel() // num_classes))
-    buffers = [torch.empty(num_rows, num_classes, dtype=dtype, device=preds.device) for _ in range(num_buffers)]
-    blocks: Iterator[tuple[Rows, list[Tensor]]]
-    if isinstance(preds, LinearLogits):
-        blocks = _linear_blocks(preds, soft, max_rows, scored)
+    num_classes, dtype = preds.shape[options.class_dim], loss_dtype(preds)
+    last, linear = options.class_dim in (-1, preds.dim() - 1), isinstance(preds, LinearLogits)
+    tensors = [x if last else x.movedim(options.class_dim, -1) for x in (preds, target) if isinstance(x, Tensor)]
+    num_rows, num_buffers = preds.numel() // num_classes, 1 if target is None else 2
+    fused = fuses(options.backend)
+    if fused and (linear or (scored is None and _all_at_once(tensors))):
+        max_rows = max(1, num_rows)
     else:
-        blocks = _row_blocks([preds if last else preds.movedim(options.class_dim, -1), *soft], max_rows)
+        size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
+        max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
+    buffers: list[Tensor | None] = [None, None]
+    if not fused:
+        shape = max(2, min(max_rows, num_rows)), num_classes
+        buffers[:num_buffers] = [torch.empty(shape, dtype=dtype, device=preds.device) for _ in range(num_buffers)]
+    if isinstance(preds, LinearLogits):
+        blocks = _linear_blocks(preds, tensors, max_rows, scored)
+    elif scored is None:
+        blocks = _row_blocks(tensors, max_rows)
+    else:
+        blocks = _chosen_blocks(tensors[0], max_rows, scored, buffers[0])
+    readable = fused or (options.input == "logits" and preds.dtype == dtype)
     for rows, parts in blocks:
-        count = _number_of(rows)
-        filled = _first(buffers[0], count)
-        source = parts[0]
-        if options.input == "logits" and source.dtype == dtype and source.is_contiguous():
-            source = source.view(filled.shape)  # The kernel can read these where they are.
-            filled = source if linear else filled
+        count = max(2, _number_of(rows))
+        buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
+        scores = _as_rows(parts[0], buffer, readable)
+        soft = None if target is None else _as_rows(parts[1], target_buffer, fused)
+        yield rows, scores, scores if linear and readable and not fused else buffer, soft, target_buffer
+
+
+def _all_at_once(tensors: list[Tensor]) -> bool:
+    """Say whether a compiler can read the rows where they are."""
+    return torch.compiler.is_compiling() or all(x.is_contiguous() for x in tensors)
+
+
+def _as_rows(part: Tensor, buffer: Tensor | None, readable: bool) -> Tensor:
+    """Return a block as rows: where they are, if they are `readable` there, or in the buffer."""
+    num_classes = part.shape[-1]
+    if part.numel() == num_classes:
+        part, readable = part.reshape(1, num_classes).expand(2, num_classes), False
+    if buffer is None:
+        return part.contiguous().view(-1, num_classes)
+    if readable and part.is_contiguous():
+        return part.view(-1, num_classes)
+    buffer.view(part.shape).copy_(part)
+    return buffer
+
+
+def _chosen_blocks(
+    scores: Tensor, max_rows: int, chosen: Tensor, buffer: Tensor | None
+) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Yield some of the rows: views where they follow each other in memory, or gathered, in the buffer if it fits."""
+    num_classes, strides = scores.shape[-1], scores.stride()
+    if strides[-1] != 1 or any(stride % num_classes for stride in strides[:-1]):
+        for rows in chosen.split(max_rows // 2):  # What is gathered is as large as the buffer.
+            yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
+        return
+    # Where they are in memory, which is all rows, whatever those between them belong to.
+    steps = torch.tensor([stride // num_classes for stride in strides[:-1]])
+    places = (torch.stack(torch.unravel_index(chosen, scores.shape[:-1]), 1) * steps).sum(1)
+    memory = scores.as_strided((int(places.max()) + 1 if len(places) else 0, num_classes), (num_classes, 1))
+    if buffer is None or buffer.dtype != scores.dtype:
+        buffer = scores.new_empty(min(max_rows, len(chosen)), num_classes)
+    for rows, here in zip(chosen.split(max_rows), places.split(max_rows), strict=True):
+        if not len(rows):
+            continue
+        first, last = at_hand(here)[[0, -1]].tolist()
+        if last - first < len(rows):
+            yield rows, [memory[first : last + 1]]
         else:
-            filled.view(source.shape).copy_(source)
-            source = filled
-        if target is not None:
-            _first(buffers[1], count).view(parts[1].shape).copy_(parts[1])
-        if options.input == "logits":
-            torch.log_softmax(source, 1, out=filled)
-        elif options.input == "probs":
-            if improper is not None:
-                improper[rows] = ((filled < 0) | (filled > 1)).any(1)  # Not amin: a NaN would hide the others.
-            if options.eps is not None:
-                filled.clamp_(options.eps, 1 - options.eps)
-            filled.log_()
-        count = max(fewest, count)
-        yield rows, filled if linear else _first(buffers[0], count), _first(buffers[-1], count)
+            yield rows, [torch.index_select(memory, 0, here, out=_first(buffer, len(rows)))]
 
 
 def _linear_blocks(
@@ -756,8 +798,3 @@ def _row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterato
         else:
             yield slice(start, start + count), list(parts)
         start += count
-
-
-def compute_dtype(preds: Tensor | LinearLogits) -> torch.dtype:
-    """Return the dtype that losses of `preds` are computed in: float64 for float64, float32 for the rest."""
-    return torch.float64 if preds.dtype == torch.float64 else torch.float32

@@ -30,7 +30,8 @@ from xent_metrics.checks import (
     check_pos_weight,
     on_host,
 )
-from xent_metrics.losses import BinaryInput, BinaryOptions, Input, LinearLogits, LossOptions, SmoothingOver
+from xent_metrics.kernels import Backend, Input
+from xent_metrics.losses import BinaryInput, BinaryOptions, LinearLogits, LossOptions, SmoothingOver
 from xent_metrics.readings import (
     DIFFERENCE,
     DeviceReading,
@@ -115,11 +116,14 @@ class CrossEntropy(LossMetric):
         shift: bool = False,
         unit: Unit = "nats",
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
         check_class_weight(on_host(class_weight), input)
-        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+        options = LossOptions(
+            input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift, backend
+        )
         super().__init__(options, nan_policy, tensors={"class_weight": class_weight}, **kwargs)
         self.unit = unit
 
@@ -151,9 +155,12 @@ class BitsPerToken(LossMetric):
         eps: float | None = None,
         shift: bool = False,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift), nan_policy, **kwargs)
+        super().__init__(
+            LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend), nan_policy, **kwargs
+        )
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
         return self._as_tensor(reading.bits_per_token)
@@ -186,9 +193,12 @@ class Perplexity(LossMetric):
         eps: float | None = None,
         shift: bool = False,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift), nan_policy, **kwargs)
+        super().__init__(
+            LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend), nan_policy, **kwargs
+        )
 
     def _read(self, reading: ExactReading | DeviceReading) -> Tensor:
         return self._as_tensor(reading.perplexity)
@@ -253,11 +263,12 @@ class CrossEntropyReport(LossMetric):
         shift: bool = False,
         token_bytes: Tensor | None = None,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         confidence: float = 0.95,
         sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
-        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
         zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
         tensors = (
             {} if token_bytes is None else {"token_bytes": as_token_table(on_host(token_bytes)).to(token_bytes.device)}
@@ -317,10 +328,11 @@ class BitsPerByte(TallyMetric):
         eps: float | None = None,
         shift: bool = False,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         table = None if token_bytes is None else _table(token_bytes)
-        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
         super().__init__(options, nan_policy, tensors={"token_bytes": table}, **kwargs)
 
     def update(
@@ -410,11 +422,12 @@ class BinaryCrossEntropy(TallyMetric):
         eps: float | None = None,
         unit: Unit = "nats",
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
         check_pos_weight(on_host(pos_weight))
-        options = BinaryOptions(input, label_smoothing, ignore_index, eps)
+        options = BinaryOptions(input, label_smoothing, ignore_index, eps, backend)
         super().__init__(options, nan_policy, tensors={"pos_weight": pos_weight}, **kwargs)
         self.unit = unit
 
@@ -478,10 +491,13 @@ class CrossEntropyDecomposition(LossMetric):
         ignore_index: int | None = -100,
         eps: float | None = None,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_distributions(input)
-        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over)
+        options = LossOptions(
+            input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, backend=backend
+        )
         super().__init__(options, nan_policy, zero=Tally.zero(num_tallies=3), **kwargs)
 
     def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Tally:
@@ -542,12 +558,15 @@ class GroupedCrossEntropy(TallyMetric):
         shift: bool = False,
         unit: Unit = "nats",
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
         check_num_classes("num_groups", num_groups)
         check_class_weight(on_host(class_weight), input)
-        options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift)
+        options = LossOptions(
+            input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, shift, backend
+        )
         zero, tensors = GroupTally.zero(num_groups), {"class_weight": class_weight}
         super().__init__(options, nan_policy, zero=zero, tensors=tensors, **kwargs)
         self.num_groups = num_groups
@@ -627,10 +646,11 @@ class NormalizedCrossEntropy(LossMetric):
         ignore_index: int | None = -100,
         eps: float | None = None,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_num_classes("num_classes", num_classes, 2)
-        options = LossOptions(input, class_dim, 0.0, ignore_index, eps)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, backend=backend)
         super().__init__(options, nan_policy, zero=GroupTally.zero(num_classes), **kwargs)
         self.num_classes = num_classes
 
@@ -684,11 +704,12 @@ class CrossEntropyDifference(TallyMetric):
         eps: float | None = None,
         shift: bool = False,
         nan_policy: NanPolicy = "propagate",
+        backend: Backend = "auto",
         confidence: float = 0.95,
         sequence_group: ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
-        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift)
+        options = LossOptions(input, class_dim, 0.0, ignore_index, eps, shift=shift, backend=backend)
         super().__init__(options, nan_policy, confidence, sequence_group=sequence_group, **kwargs)
 
     def update(

@@ -1,0 +1,280 @@
+"""The arithmetic of losses: from rows of scores to one loss each, in nats, one kernel for each kind of target.
+
+A kernel is one function that runs in two ways. Run as it is, it is given a few rows at a time and a buffer that is used
+again for the next ones; compiled, it is given all rows at once and no buffer, and the compiler fuses it so that none is
+needed. Either way a row has the same bits among any others: rows are contiguous and at least two, as threads would
+share the `sum` over a long row that is alone, and round it differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xent_metrics.checks import at_hand, extremes
+
+Input = Literal["logits", "log_probs", "probs", "losses"]
+Backend = Literal["auto", "eager", "compile"]
+Results = tuple[Any, ...]
+"""What a kernel returns of rows: losses first, then masks, or None for nowhere."""
+
+
+def loss_dtype(preds: Any) -> torch.dtype:
+    """Return the dtype that losses of `preds` are computed in: float64 for float64, float32 for the rest."""
+    return torch.float64 if preds.dtype == torch.float64 else torch.float32
+
+
+def compiles(backend: Backend) -> bool:
+    """Say whether kernels are compiled; where what calls us is compiled itself, they are a part of that instead."""
+    return backend == "compile" and not torch.compiler.is_compiling()
+
+
+def fuses(backend: Backend) -> bool:
+    """Say whether kernels need no buffers, as a compiler fuses their steps: that of our caller, or ours."""
+    return backend == "compile" or (backend == "auto" and torch.compiler.is_compiling())
+
+
+def looked_up(
+    scores: Tensor,
+    index: Tensor,
+    class_weight: Tensor | None,
+    buffer: Tensor | None,
+    *,
+    input: Input,
+    eps: float | None,
+    smooth: bool,
+) -> Results:
+    """Return of each row `-log q[index]`; `sum_k class_weight[k] * log q[k]` if asked to; and what is improper.
+
+    Args:
+        scores: Two rows or more, one score a class.
+        index: The class of each row.
+        class_weight: Of every class.
+        buffer: Of the shape of `scores`, to be written to; it may be `scores`. None to make what is needed.
+        input: What the scores are.
+        eps: Where to clip probabilities.
+        smooth: Whether the sum over all classes is wanted.
+    """
+    log_probs, improper = _log_probs(scores, buffer, input, eps)
+    loss = F.nll_loss(log_probs, index, reduction="none")
+    if smooth:
+        weigh(log_probs, class_weight)
+    return loss, log_probs.sum(1) if smooth else None, improper
+
+
+def reduced(
+    scores: Tensor,
+    index: Tensor,
+    class_weight: Tensor | None,
+    top: Tensor | None = None,
+    *,
+    input: Input,
+    eps: float | None,
+    smooth: bool,
+) -> Results:
+    """Return what `resolved` makes the same of: sums that a compiler makes while it reads the scores.
+
+    The logarithms of single rows are left to `resolved`. Compiled code has one logarithm for many rows at a time and
+    another for the rest of them, which differ in the last bit.
+
+    Args:
+        scores: As above.
+        index: As above.
+        class_weight: As above.
+        top: The largest logit of each row, if some of them are elsewhere.
+        input: As above.
+        eps: As above.
+        smooth: As above.
+
+    Returns:
+        Of each row its score at `index`; for logits relative to the largest one, and then the sum of exponentials of
+        all of them; the sum over all classes if asked to; and what is improper.
+    """
+    scores, improper, exponentials = scores.to(loss_dtype(scores), copy=True), None, None
+    if input == "logits":
+        scores.sub_((scores.amax(1) if top is None else top).unsqueeze(1))
+        exponentials = scores.exp().sum(1)
+    elif input == "probs":
+        improper = _clip(scores, eps)
+    of_target, of_all = scores.gather(1, index.unsqueeze(1)).squeeze(1), None
+    if smooth:
+        if input == "probs":
+            scores.log_()
+        weigh(scores, class_weight)
+        of_all = scores.sum(1)
+    return of_target, exponentials, of_all, improper
+
+
+def resolved(
+    of_target: Tensor,
+    exponentials: Tensor | None,
+    of_all: Tensor | None,
+    improper: Tensor | None,
+    *,
+    input: Input,
+    weight_of_all: float | Tensor,
+) -> Results:
+    """Return what `looked_up` does, of what `reduced` returns and the sum of the class weights."""
+    if exponentials is None:
+        return (of_target.log() if input == "probs" else of_target).neg(), of_all, improper
+    log_sum = exponentials.log()
+    return log_sum - of_target, None if of_all is None else of_all - log_sum * weight_of_all, improper
+
+
+def weighted(loss: Tensor, of_all: Tensor | None, norm: Tensor | None, smoothing: float, num_classes: int) -> Tensor:
+    """Return the losses of class indices from the above, changed in place, with class weights and label smoothing."""
+    if norm is not None:
+        loss.mul_(norm).masked_fill_(norm == 0, 0.0)
+    if of_all is not None:
+        loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()  # Not 0 * inf.
+        loss.sub_(of_all, alpha=smoothing / num_classes)
+    return loss
+
+
+def soft(
+    scores: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    buffer: Tensor | None = None,
+    target_buffer: Tensor | None = None,
+    *,
+    input: Input,
+    eps: float | None,
+    smoothing: float,
+    excess: float,
+) -> Results:
+    """Return the loss of each row for a target that is a distribution; which are none; and what is improper.
+
+    Args:
+        scores: As above.
+        target: One probability a class.
+        class_weight: As above.
+        buffer: As above.
+        target_buffer: The same for `target`.
+        input: As above.
+        eps: As above.
+        smoothing: The share of a target that is spread over all classes.
+        excess: How far the sum of a distribution may be from 1.
+    """
+    log_probs, improper = _log_probs(scores, buffer, input, eps)
+    probs = _copied(target, target_buffer, log_probs.dtype)
+    # Asked so that a NaN is none either.
+    distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
+    if smoothing:
+        probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
+    if class_weight is not None:
+        probs.mul_(class_weight)
+    weigh(log_probs, probs)
+    return log_probs.sum(1).neg_(), ~distribution, improper
+
+
+def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -> Results:
+    """Return the entropy of each row, a distribution."""
+    probs = _copied(target, buffer, loss_dtype(target))
+    if smoothing:
+        probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
+    return (torch.special.entr(probs).sum(1),)
+
+
+def binary(
+    preds: Tensor, target: Tensor, pos_weight: Tensor | None, *, input: Input, eps: float | None, smoothing: float
+) -> Results:
+    """Return the loss of each yes-or-no target, and which probabilities are outside [0, 1]; all of one shape."""
+    scores = preds.to(loss_dtype(preds))
+    positive = target.to(scores.dtype)
+    if smoothing:
+        positive = positive.mul(1 - smoothing).add(smoothing / 2)
+    negative = 1 - positive
+    if pos_weight is not None:
+        positive = positive * pos_weight.to(scores.dtype)
+    improper = None
+    if input == "logits":
+        log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
+    else:
+        improper = (scores < 0) | (scores > 1)
+        log_p, log_q = scores.log(), torch.log1p(-scores)
+        if eps is not None:
+            bounds = math.log(eps), math.log1p(-eps)
+            log_p, log_q = log_p.clamp(*bounds), log_q.clamp(*bounds)
+    for log, coefficient in ((log_p, positive), (log_q, negative)):
+        if extremes(at_hand(log.mul_(coefficient)))[0] > -math.inf:
+            continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
+        log.masked_fill_(coefficient == 0, 0.0)
+    return torch.neg(log_p + log_q), improper
+
+
+def weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
+    """Multiply in place; a class of coefficient 0 adds nothing, even where its log-probability is `-inf`."""
+    if coefficient is not None:
+        log_probs.mul_(coefficient).masked_fill_(coefficient == 0, 0.0)
+
+
+def _log_probs(scores: Tensor, buffer: Tensor | None, input: Input, eps: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities, and for probabilities which rows have some outside [0, 1]."""
+    if buffer is None or input != "logits" or scores.dtype != buffer.dtype:
+        scores = buffer = _copied(scores, buffer, loss_dtype(scores))
+    if input == "logits":  # Read where they are, if they can be.
+        torch.log_softmax(scores, 1, out=buffer)
+    improper = None
+    if input == "probs":
+        improper = _clip(scores, eps)
+        scores.log_()
+    return buffer, improper
+
+
+def _clip(probs: Tensor, eps: float | None) -> Tensor:
+    """Clip probabilities in place; return which rows had some outside [0, 1]."""
+    improper = ((probs < 0) | (probs > 1)).any(1)  # Not amin: a NaN would hide the others.
+    if eps is not None:
+        probs.clamp_(eps, 1 - eps)
+    return improper
+
+
+def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return a copy, in a buffer if there is one, that may be written to."""
+    if buffer is None:
+        return values.to(dtype, copy=True)
+    return values if values is buffer else buffer.copy_(values)
+
+
+def run(
+    backend: Backend, kernel: Callable[..., Results], tensors: Sequence[Tensor | None], **constants: Hashable
+) -> Results:
+    """Call a kernel, compiled if that is asked for and there is anything to do.
+
+    Raises:
+        ValueError: If it cannot be compiled.
+    """
+    if not compiles(backend) or not all(x is None or x.numel() for x in tensors):
+        return kernel(*tensors, **constants)
+    # Not views, for which other code is made than for what is none.
+    whole = [None if x is None else x.data for x in tensors]
+    # Of any number of rows, but of one number of classes: what is best for one may be another thing for the next, and
+    # the bits of a loss must not depend on what came first.
+    kinds = []
+    for x in whole:
+        if x is not None and x.dim() == 2:
+            torch._dynamo.mark_static(x, 1)
+        kinds.append(None if x is None else (x.dtype, x.device.type, x.shape[1:]))
+    compiled = _compiled(kernel, tuple(kinds), **constants)
+    try:
+        return compiled(*whole)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`backend` must be 'auto' or 'eager' where nothing can be compiled, got 'compile' and {cause!r}; install "
+            "a C++ compiler (Triton on CUDA), or leave it out."
+        ) from error
+
+
+@cache
+def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> Callable[..., Results]:
+    """Return a compiled kernel for tensors of one kind; other kinds have theirs, so that none is compiled too often."""
+    bound = partial(kernel, **constants)
+    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.
