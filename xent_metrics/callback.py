@@ -22,6 +22,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 
 from xent_metrics.boards import PARTS, Boards, Part
 from xent_metrics.distributed import is_distributed, unrepeated
+from xent_metrics.kernels import Backend
 from xent_metrics.outputs import Mean, OutputReader, Tallies, add_tallies
 from xent_metrics.pictures import Decode, Gallery, Reached
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_reading, check_valid
@@ -126,6 +127,8 @@ class CrossEntropyMonitor(Callback):
         decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`. May be set later, as
             `monitor.decode = ...`, before the fit. Without it, numbers are shown.
         num_classes: How many classes there are, for the lines to compare with where no step returns logits.
+        backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
+            `CrossEntropy`.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -154,6 +157,7 @@ class CrossEntropyMonitor(Callback):
         dashboards: Sequence[Part] = PARTS,
         decode: Decode | None = None,
         num_classes: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         check_reading(nan_policy, confidence)
         if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]*", prefix, re.ASCII):
@@ -163,7 +167,7 @@ class CrossEntropyMonitor(Callback):
             )
         if decode is not None and not callable(decode):
             raise TypeError(f"`decode` must turn a list of one token into text, got {decode!r}; pass tokenizer.decode.")
-        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes)
+        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
         self._configuration = {
             "class_dim": class_dim,
             "ignore_index": ignore_index,

@@ -76,6 +76,11 @@ class CrossEntropy(LossMetric):
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and
             their weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite.
+        backend: `"eager"` makes the losses of a few rows at a time, in one small buffer. `"compile"` compiles that with
+            `torch.compile` when it is first needed, some seconds once for each dtype, number of classes and set of
+            options, and whatever the batch sizes; losses agree with the others' to 1e-6 and have the same bits in any
+            batch. It pays for large half-precision logits, see `docs/benchmarks.md`. `"auto"` never compiles: it is
+            `"eager"`, but for a function that you compile, of which it becomes a part that the compiler can fuse.
         **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`. Only ranks that hold different
             targets are to be added up: pass the data-parallel group where others hold the same targets.
 
@@ -92,7 +97,8 @@ class CrossEntropy(LossMetric):
         A float64 scalar (float32 where the device has no float64), in `unit`. NaN without targets.
 
     Raises:
-        ValueError: If an argument is not one of those named; see `update` and `compute` for the rest.
+        ValueError: If an argument is not one of those named; in the first update, if `backend="compile"` finds no
+            compiler; see `update` and `compute` for the rest.
 
     Source:
         Shannon, A Mathematical Theory of Communication, 1948; Goodfellow et al., Deep Learning, section 3.13.
@@ -389,6 +395,7 @@ class BinaryCrossEntropy(TallyMetric):
         eps: Clip probabilities to `[eps, 1 - eps]`, as the textbook form does; None clips nothing.
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
         nan_policy: As in `CrossEntropy`.
+        backend: As in `CrossEntropy`.
         **kwargs: torchmetrics' own.
 
     Shapes:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
 from xent_metrics.checks import as_token_table, check_num_classes, describe, is_integer, is_integral
+from xent_metrics.kernels import Backend
 from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
@@ -68,6 +69,7 @@ class OutputReader:
         groups: Iterable[str] | None,
         token_bytes: Sequence[int] | Tensor | str | None,
         num_classes: int | None,
+        backend: Backend,
     ) -> None:
         if extract is not None and not callable(extract):
             raise TypeError(
@@ -81,7 +83,7 @@ class OutputReader:
         self.num_classes = num_classes
         self._options = {
             "losses": LossOptions("losses", class_dim, ignore_index=ignore_index),
-            "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift),
+            "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift, backend=backend),
         }
         self.device = torch.device("cpu")
         self.reads_means = False
