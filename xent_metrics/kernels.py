@@ -217,15 +217,13 @@ def weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
 
 def _log_probs(scores: Tensor, buffer: Tensor | None, input: Input, eps: float | None) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities, and for probabilities which rows have some outside [0, 1]."""
-    if buffer is None or input != "logits" or scores.dtype != buffer.dtype:
-        scores = buffer = _copied(scores, buffer, loss_dtype(scores))
-    if input == "logits":  # Read where they are, if they can be.
-        torch.log_softmax(scores, 1, out=buffer)
-    improper = None
-    if input == "probs":
-        improper = _clip(scores, eps)
-        scores.log_()
-    return buffer, improper
+    if input == "logits":
+        return torch.log_softmax(scores, 1, loss_dtype(scores), out=buffer), None
+    probs = _copied(scores, buffer, loss_dtype(scores))
+    if input == "log_probs":
+        return probs, None
+    improper = _clip(probs, eps)
+    return probs.log_(), improper
 
 
 def _clip(probs: Tensor, eps: float | None) -> Tensor:

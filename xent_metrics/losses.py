@@ -668,6 +668,12 @@ def _blocks(
     else:
         size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
         max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
+    readable = fused or (options.input == "logits" and preds.dtype == dtype)
+    whole = None if linear or target is not None or scored is not None else tensors[0]
+    if whole is not None and readable and 1 < num_rows <= max_rows and whole.is_contiguous():
+        # They are read where they are, and what a kernel makes of them is no larger than a buffer would be.
+        yield slice(0, num_rows), whole.view(num_rows, num_classes), None, None, None
+        return
     buffers: list[Tensor | None] = [None, None]
     if not fused:
         shape = max(2, min(max_rows, num_rows)), num_classes
@@ -678,7 +684,6 @@ def _blocks(
         blocks = _row_blocks(tensors, max_rows)
     else:
         blocks = _chosen_blocks(tensors[0], max_rows, scored, buffers[0])
-    readable = fused or (options.input == "logits" and preds.dtype == dtype)
     for rows, parts in blocks:
         count = max(2, _number_of(rows))
         buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
