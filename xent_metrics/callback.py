@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from xent_metrics.boards import PARTS, Boards, Part
 from xent_metrics.distributed import is_distributed, unrepeated
 from xent_metrics.kernels import Backend
-from xent_metrics.outputs import Mean, OutputReader, Tallies, add_tallies
+from xent_metrics.outputs import Mean, OutputReader, Pool, Tallies, add_tallies
 from xent_metrics.pictures import Decode, Gallery, Reached
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_reading, check_valid
 from xent_metrics.tally import GroupTally, sum_tallies_over_ranks
@@ -140,7 +140,7 @@ class CrossEntropyMonitor(Callback):
         Trainer(callbacks=[CrossEntropyMonitor(), EarlyStopping("val/cross_entropy")])
     """
 
-    _window: Tallies
+    _window: Pool
     _validated: Tallies
 
     def __init__(
@@ -184,7 +184,7 @@ class CrossEntropyMonitor(Callback):
         self._boards = Boards(dashboards, self._readings, self._outputs.groups, prefix)
         self._gallery: Gallery | None = None
         self._group: ProcessGroup | None = None
-        self._evaluation: list[Tallies] = []
+        self._evaluation: list[Pool] = []
         self._forget()
 
     @property
@@ -218,7 +218,8 @@ class CrossEntropyMonitor(Callback):
         After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
         log point is then left out.
         """
-        [window] = [self._outputs.zero()] if self._failed and is_distributed() else self._over_ranks([self._window])
+        alone = self._failed and is_distributed()
+        [window] = [self._outputs.zero()] if alone else self._over_ranks([self._window.tallies()])
         earlier, epoch = add_tallies(self._earlier, window), add_tallies(self._epoch, window)
         seen = add_tallies(self._seen, window[:1])
         return {
@@ -262,10 +263,10 @@ class CrossEntropyMonitor(Callback):
         if trainer.fit_loop.batch_idx == 0:
             # Lightning does not announce an epoch that starts where a run is resumed.
             self._epoch = self._outputs.zero()
-        if outputs and pl_module.automatic_optimization:
+        if outputs and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
         if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
-            self._window = add_tallies(self._window, self._tally("training_step", outputs, batch))
+            self._tally(self._window, "training_step", outputs, batch)
         if _is_log_point(trainer, pl_module):
             window = self._close_window()
             self._write_step(trainer, self._read("train", add_tallies(window, self._earlier)))
@@ -278,7 +279,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
-        self._evaluation = [self._outputs.zero() for _ in trainer.num_val_batches]
+        self._evaluation = [Pool(self._outputs.zero()) for _ in trainer.num_val_batches]
         self._gallery = None if trainer.sanity_checking else self._boards.gallery(self._outputs.device)
 
     def on_validation_batch_end(
@@ -317,7 +318,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        self._evaluation = [self._outputs.zero() for _ in trainer.num_test_batches]
+        self._evaluation = [Pool(self._outputs.zero()) for _ in trainer.num_test_batches]
         self._gallery = None
 
     def on_test_batch_end(
@@ -341,14 +342,13 @@ class CrossEntropyMonitor(Callback):
         self, step: str, outputs: Any, batch: Any, drawn: tuple[int, int] | None, dataloader_idx: int
     ) -> None:
         """Add a batch to the tallies of its loader."""
-        tallies = self._tally(step, outputs, batch, drawn, self._gallery)
-        self._evaluation[dataloader_idx] = add_tallies(self._evaluation[dataloader_idx], tallies)
+        self._tally(self._evaluation[dataloader_idx], step, outputs, batch, drawn, self._gallery)
 
     def _forget(self) -> None:
         # The window is of this rank and not yet part of the rest, which is of all ranks together. `_earlier` is what
         # was reduced before it was logged: at the end of an epoch, or by a checkpoint.
         zero = self._outputs.zero()
-        self._window, self._earlier, self._epoch, self._seen = zero, zero, zero, zero[:1]
+        self._window, self._earlier, self._epoch, self._seen = Pool(zero), zero, zero, zero[:1]
         self._best = math.nan
         self._reached: dict[str, float] = {}
         self._validated = zero[:1]
@@ -364,10 +364,10 @@ class CrossEntropyMonitor(Callback):
     def _close_window(self) -> Tallies:
         """Reduce the window, give it to the epoch, and start another."""
         window: Tallies
-        [window] = self._over_ranks([self._window])
+        [window] = self._over_ranks([self._window.tallies()])
         self._epoch = add_tallies(self._epoch, window)
         self._seen = add_tallies(self._seen, window[:1])
-        self._window = self._outputs.zero()
+        self._window = Pool(self._outputs.zero())
         return window
 
     def _read(self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False) -> dict[str, float]:
@@ -389,7 +389,8 @@ class CrossEntropyMonitor(Callback):
     def _read_evaluation(self, stage: str) -> tuple[dict[str, float], Tallies]:
         """Read all loaders together, and each by itself, and return the tally of all too; ranks meet once."""
         gallery = self._gallery
-        loaders = self._over_ranks([*self._evaluation, *([(gallery.profile,)] if gallery else [])])
+        tallies = [pool.tallies() for pool in self._evaluation]
+        loaders = self._over_ranks([*tallies, *([(gallery.profile,)] if gallery else [])])
         if gallery:
             [gallery.profile] = loaders.pop()
         total = loaders[0]
@@ -495,18 +496,20 @@ class CrossEntropyMonitor(Callback):
 
     def _tally(
         self,
+        pool: Pool,
         step: str,
         outputs: Any,
         batch: Any,
         drawn: tuple[int, int] | None = None,
         gallery: Gallery | None = None,
-    ) -> Tallies:
-        """Tally what a step returned: of all samples that were drawn, or of the first ones of them only."""
+    ) -> None:
+        """Add what a step returned to a pool: of all samples that were drawn, or of the first ones of them only."""
         form = self._outputs.read(step, outputs, batch)
         if isinstance(form, Mean):
             if drawn is not None:
                 self._warn_repeated(f"{step} returns means")
-            return self._outputs.tally_mean(form)
+            pool.add(self._outputs.tally_mean(form))
+            return
         if drawn is not None:
             num_samples, kept = drawn
             if form.target.shape[:1] == form.preds.shape[:1] == (num_samples,):
@@ -519,7 +522,10 @@ class CrossEntropyMonitor(Callback):
         losses = self._outputs.score(form)
         if gallery:
             gallery.add(losses[0], *self._outputs.classes(form))
-        return self._outputs.tally(form, losses)
+        if form.group is None:
+            pool.keep(losses)
+        else:
+            pool.add(self._outputs.tally(form, losses))
 
 
 def _step(trainer: Trainer) -> int:

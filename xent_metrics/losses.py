@@ -14,7 +14,7 @@ All losses are `-sum_k t[k] * log q[k]` with target t and model q, in float32 (f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -302,6 +302,18 @@ class TargetLosses(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> TargetLosses:
         """Change every tensor alike."""
         return TargetLosses(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+
+    @classmethod
+    def join(cls, batches: Sequence[TargetLosses]) -> TargetLosses:
+        """Put batches whose sequences are equally long one after the other."""
+
+        def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+            if all(part is None for part in parts):
+                return None
+            nowhere = [torch.zeros_like(batch.loss, dtype=torch.bool) for batch in batches]
+            return torch.cat([none if part is None else part for part, none in zip(parts, nowhere, strict=True)])
+
+        return cls(*(joined(parts) for parts in zip(*batches, strict=True)))  # type: ignore[arg-type]
 
     def at(self, index: slice | tuple[slice, slice]) -> TargetLosses:
         """Return a part of the batch."""

@@ -23,6 +23,7 @@ from xent_metrics.tally import GroupTally, Tally, tally_mean
 Tallies = tuple[Tally | GroupTally, ...]
 """What is tallied side by side: everything (per token, and per byte); then the groups, if any, in the same units."""
 
+_MOST_KEPT = 2**16  # Losses, 4 bytes each.
 _FORMS = (
     '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
     '(with "labels" for "target" if you like), or {"loss": mean over targets, "num_tokens": how many}'
@@ -135,13 +136,11 @@ class OutputReader:
         return ids, form.preds.shape[form.options.class_dim] if form.options.input == "logits" else self.num_classes
 
     def tally(self, form: Form, losses: list[TargetLosses]) -> Tallies:
-        """Tally a form of which the losses are known."""
-        whole = tally_scored(losses)
-        if form.group is None:
-            return (whole,)
+        """Tally a form with groups of which the losses are known."""
+        assert form.group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
         by_group = group_scored(losses, form.group, form.target, form.options, len(self.groups), fix)
-        return (whole, *by_group)
+        return (tally_scored(losses), *by_group)
 
     @staticmethod
     def tally_mean(mean: Mean) -> Tallies:
@@ -199,6 +198,48 @@ def _as_mean(step: str, loss: Any, num_tokens: Any) -> Mean:
             f"{describe(num_tokens)}; count them with (target != ignore_index).sum()."
         )
     return Mean(loss, num_tokens)
+
+
+class Pool:
+    """The tallies of one rank of what steps returned.
+
+    Losses are kept as they are until the tallies are asked for, or there are many of them: to tally ten batches
+    together costs little more than one, and a tally is a hundred kernels that an accelerator has to be told to run.
+    """
+
+    def __init__(self, zero: Tallies) -> None:
+        self._total = zero
+        self._kept: list[list[TargetLosses]] = []
+
+    def add(self, tallies: Tallies) -> None:
+        """Add what is tallied already."""
+        self._total = add_tallies(self._total, tallies)
+
+    def keep(self, losses: list[TargetLosses]) -> None:
+        """Add what `OutputReader.score` returned."""
+        losses = [kind._replace(loss=kind.loss.clone()) for kind in losses]  # Which may be the step's own memory.
+        if self._kept and (_row(self._kept[0]) != _row(losses) or self._num_kept() >= _MOST_KEPT):
+            self._tally_kept()
+        self._kept.append(losses)
+
+    def tallies(self) -> Tallies:
+        """Return the tallies of everything."""
+        self._tally_kept()
+        return self._total
+
+    def _num_kept(self) -> int:
+        return sum(losses[0].loss.numel() for losses in self._kept)
+
+    def _tally_kept(self) -> None:
+        if self._kept:
+            self.add((tally_scored([TargetLosses.join(kinds) for kinds in zip(*self._kept, strict=True)]),))
+            self._kept = []
+
+
+def _row(losses: list[TargetLosses]) -> tuple[Any, ...]:
+    """Return what batches must have in common to be tallied together."""
+    loss = losses[0].loss
+    return loss.shape[1], loss.dtype, loss.device
 
 
 def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
