@@ -310,8 +310,8 @@ class TargetLosses(NamedTuple):
         def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
             if all(part is None for part in parts):
                 return None
-            nowhere = [torch.zeros_like(batch.loss, dtype=torch.bool) for batch in batches]
-            return torch.cat([none if part is None else part for part, none in zip(parts, nowhere, strict=True)])
+            pairs = zip(parts, batches, strict=True)
+            return torch.cat([_nowhere(batch.loss) if part is None else part for part, batch in pairs])
 
         return cls(*(joined(parts) for parts in zip(*batches, strict=True)))  # type: ignore[arg-type]
 
@@ -337,6 +337,10 @@ class TargetLosses(NamedTuple):
         num_bytes = token_bytes[ids.masked_fill(any_of(within.ignored, within.out_of_range), 0)]
         silent = outside(num_bytes == 0, within.out_of_range)
         return within._replace(norm=num_bytes.to(widest_float(ids.device)), ignored=any_of(within.ignored, silent))
+
+
+def _nowhere(loss: Tensor) -> Tensor:
+    return torch.zeros_like(loss, dtype=torch.bool)
 
 
 def target_losses(

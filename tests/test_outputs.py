@@ -1,0 +1,131 @@
+"""Losses that are kept for a while before they are tallied: nothing of them may get lost, and few may be kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import Operators
+from xent_metrics import LinearLogits, Tally, functional
+from xent_metrics.outputs import Form, OutputReader, Pool
+
+K, BYTES = 7, [1, 2, 0, 3, 1, 1, 4]
+
+
+def make_reader(**options: object) -> OutputReader:
+    """Make a reader with the defaults of the callback."""
+    defaults = {
+        "extract": None,
+        "class_dim": -1,
+        "ignore_index": -100,
+        "shift": False,
+        "groups": None,
+        "token_bytes": None,
+        "num_classes": None,
+        "backend": "auto",
+    }
+    return OutputReader(**{**defaults, **options})  # type: ignore[arg-type]
+
+
+def keep(reader: OutputReader, pool: Pool, batch: dict[str, Tensor | LinearLogits]) -> None:
+    """Do what the callback does with what a step returned."""
+    form = reader.read("training_step", batch, None)
+    assert isinstance(form, Form)
+    pool.keep(reader.score(form))
+
+
+def make_batches() -> list[dict[str, Tensor | LinearLogits]]:
+    """Make batches of several lengths, dtypes and forms, of which some have ignored targets and some bad losses."""
+    batches = []
+    for i, (sequences, length) in enumerate([(2, 3), (4, 3), (1, 3), (3, 5), (2, 5), (2, 3), (5, 1), (2, 3)]):
+        target = torch.randint(0, K, (sequences, length))
+        if i % 2:
+            target[0, 0] = -100
+        losses = torch.rand(sequences, length) * 5
+        if i == 4:
+            losses[-1, -1] = torch.inf
+        batches.append({"losses": losses.double() if i == 5 else losses, "target": target})
+        batches.append({"logits": torch.randn(sequences, length, K), "target": target})
+    hidden = torch.randn(2, 3, 4)
+    return [*batches, {"logits": LinearLogits(hidden, torch.randn(K, 4)), "target": torch.randint(0, K, (2, 3))}]
+
+
+def test_a_pool_holds_what_each_batch_has() -> None:
+    """The tally of what was kept is the sum of the tallies of the batches, bit for bit."""
+    reader = make_reader()
+    pool, expected = Pool(reader.zero()), Tally.zero()
+    for batch in make_batches():
+        keep(reader, pool, batch)
+        kind = "losses" if "losses" in batch else "logits"
+        expected = expected + functional.tally(batch[kind], batch["target"], input=kind)  # type: ignore[arg-type]
+        if len(batch["target"]) == 3:
+            pool.tallies()  # To ask for them in between changes nothing.
+    [total] = pool.tallies()
+    assert torch.equal(total.state, expected.state)
+    assert torch.equal(pool.tallies()[0].state, expected.state)
+
+
+def test_a_pool_with_bytes() -> None:
+    """Both units are pooled; a token without bytes is in neither."""
+    reader = make_reader(token_bytes=BYTES)
+    pool, one_by_one = Pool(reader.zero()), reader.zero()[0]
+    batches = [batch for batch in make_batches() if "losses" in batch]
+    for batch in batches:
+        keep(reader, pool, batch)
+        alone = Pool(reader.zero())
+        keep(reader, alone, batch)
+        one_by_one = one_by_one + alone.tallies()[0]  # type: ignore[operator]
+    per_token, per_byte = pool.tallies()[0].unbind()
+    assert torch.equal(torch.stack([per_token.state, per_byte.state]), one_by_one.state)
+    targets = torch.cat([batch["target"].flatten() for batch in batches])  # type: ignore[union-attr]
+    finite = torch.cat([batch["losses"].flatten().isfinite() for batch in batches])  # type: ignore[union-attr]
+    num_bytes = torch.tensor(BYTES)[targets.clamp(min=0)].where((targets >= 0) & finite, 0).sum()
+    assert per_byte.totals().weight == int(num_bytes) * 2**64
+
+
+def test_memory_of_a_step_may_be_used_again() -> None:
+    """A compiled or graphed step may write the losses of every batch to the same memory."""
+    reader, losses, target = make_reader(), torch.empty(2, 3), torch.zeros(2, 3, dtype=torch.int64)
+    pool = Pool(reader.zero())
+    for value in (1.0, 2.0, 4.0):
+        losses.fill_(value)
+        keep(reader, pool, {"losses": losses, "target": target})
+        target.fill_(0)
+    losses.fill_(torch.nan)
+    assert pool.tallies()[0].unbind()[0].totals().loss == 6 * 7 * 2**64
+
+
+def test_many_batches_are_tallied_together(operators: Operators) -> None:
+    """To add a batch is a few operators, on an accelerator too, and a tally of ten is one tally."""
+    reader, batch = make_reader(), {"losses": torch.rand(4, 8), "target": torch.zeros(4, 8, dtype=torch.int64)}
+    meta = {name: x.to("meta") for name, x in batch.items()}
+    reader.to(torch.device("meta"))
+
+    def count(num_batches: int) -> tuple[int, int]:
+        pool = Pool(reader.zero())
+        operators.counts.clear()
+        with operators:
+            for _ in range(num_batches):
+                keep(reader, pool, meta)
+            added = operators.counts.total()
+            pool.tallies()
+        return added, operators.counts.total() - added
+
+    (one, tally_of_one), (ten, tally_of_ten) = count(1), count(10)
+    assert ten == 10 * one <= 10 * 12
+    assert tally_of_ten == tally_of_one
+
+
+@pytest.mark.parametrize(("batches", "size", "most"), [(3000, 64, 2**16 + 64), (5, 2**15, 3 * 2**15)])
+def test_few_losses_are_kept(batches: int, size: int, most: int) -> None:
+    """However long it takes until the tallies are asked for, some hundred KiB are kept."""
+    reader = make_reader()
+    pool, batch = (
+        Pool(reader.zero()),
+        {"losses": torch.rand(1, size), "target": torch.zeros(1, size, dtype=torch.int64)},
+    )
+    for _ in range(batches):
+        keep(reader, pool, batch)
+        assert pool._num_kept() <= most
+    assert pool.tallies()[0].unbind()[0].totals().scored == batches * size
