@@ -123,11 +123,8 @@ def _gram(digits: Any) -> Any:
     if isinstance(digits, Tensor):  # On a device where integers have no matrix product, and float64 may be missing.
         integers = digits.to(torch.int64)
         return (integers.unsqueeze(-1) * integers.unsqueeze(-2)).sum(0)
-    if digits.shape[0] <= _FEW:
-        integers = digits.astype(np.int64)
-        return integers.T @ integers
-    floats = torch.from_numpy(digits.astype(np.float64))  # With the threads that PyTorch has been given.
-    return (floats.T @ floats).numpy().astype(np.int64)
+    numbers = digits.astype(np.int64 if digits.shape[0] <= _FEW else np.float64)
+    return (numbers.T @ numbers).astype(np.int64)
 
 
 def to_int(limbs: Sequence[int]) -> int:
