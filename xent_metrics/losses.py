@@ -51,7 +51,7 @@ _ACCELERATOR_BUFFER_BYTES = 64 * 2**20  # Enough rows to fill the device, small 
 
 # Of logits that are made where they are scored, so many at once, together 64 MiB with a smaller buffer than that above.
 # Each matmul reads all of the head's weight: below 128 rows that shows, and above 512 nothing is gained any more.
-_LINEAR_BYTES = 63 * 2**20
+_LINEAR_BYTES = 62 * 2**20
 _LINEAR_BUFFER_BYTES = {"cpu": 2**20}
 _FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
 

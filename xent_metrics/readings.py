@@ -143,7 +143,10 @@ class ExactReading:
     @property
     def bits_per_token(self) -> float:
         """Cross-entropy in bits: nats over ln 2."""
-        return float(self.mean / _LN_2) if isinstance(self.mean, Fraction) else self.mean
+        mean = self.mean
+        if not isinstance(mean, Fraction):
+            return mean
+        return mean.numerator * _LN_2.denominator / (mean.denominator * _LN_2.numerator)  # Integers: rounded once.
 
     @property
     def perplexity(self) -> float:
@@ -163,13 +166,15 @@ class ExactReading:
         too_coarse = totals.weight_weight < count << 2 * _MIN_SEQUENCE_BITS
         if count < 2 or not isinstance(mean, Fraction) or totals.wide_sequences or too_coarse:
             return math.nan
-        squares = totals.loss_loss - 2 * mean * totals.loss_weight + mean * mean * totals.weight_weight
+        # With m = up / down, all in integers: rationals would be reduced again and again.
+        up, down = mean.numerator, mean.denominator
+        squares = totals.loss_loss * down**2 - 2 * totals.loss_weight * up * down + totals.weight_weight * up**2
         # Each S_c and W_c was cut by less than one unit, so a residual of less than that is none.
-        if squares <= count * (1 + abs(mean)) ** 2:
+        if squares <= count * (down + abs(up)) ** 2:
             return 0.0
-        weight = Fraction(totals.weight, 2 ** (FRACTION_BITS - SEQUENCE_BITS))
-        variance = Fraction(count, count - 1) * squares / (weight * weight)
-        return float(_DECIMAL.sqrt(_DECIMAL.divide(Decimal(variance.numerator), Decimal(variance.denominator))))
+        # The weight is in units of 2**-64, S_c and W_c in units of 2**-36.
+        above = Decimal(count * squares << 2 * (FRACTION_BITS - SEQUENCE_BITS))
+        return float(_DECIMAL.sqrt(_DECIMAL.divide(above, Decimal((count - 1) * (down * totals.weight) ** 2))))
 
     @property
     def cross_entropy_lower(self) -> float:
@@ -467,10 +472,9 @@ _inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _exp(x: Fraction | float) -> float:
     """Return `exp(x)` correctly rounded, `inf` where it exceeds the largest float64."""
-    if isinstance(x, float):
-        if not math.isfinite(x):
-            return math.exp(x)
-        x = Fraction(x)
-    if abs(x) > 1000:  # Far beyond what a float64 holds (709.8 and -745.1), and slow to compute.
+    if isinstance(x, float) and not math.isfinite(x):
+        return math.exp(x)
+    if not -1000 <= x <= 1000:  # Far beyond what a float64 holds (709.8 and -745.1), and slow to compute.
         return math.inf if x > 0 else 0.0
-    return float(_DECIMAL.exp(_DECIMAL.divide(Decimal(x.numerator), Decimal(x.denominator))))
+    exact = Decimal(x) if isinstance(x, float) else _DECIMAL.divide(Decimal(x.numerator), Decimal(x.denominator))
+    return float(_DECIMAL.exp(exact))
