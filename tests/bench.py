@@ -279,6 +279,15 @@ def updates(dtype: torch.dtype, shape: Shape) -> Functions:
     return functions
 
 
+def compiled_updates(dtype: torch.dtype, shape: Shape) -> Functions:
+    """The same with compiled losses, beside those that are not."""
+    preds, target = logits_and_target(shape, dtype)
+    compiled, eager = CrossEntropy(backend="compile"), CrossEntropy()
+    functions: Functions = {'`CrossEntropy(backend="compile").update`': lambda: compiled.update(preds, target)}
+    functions |= {"sum()": preds.sum, "max()": preds.max, "amax(-1)": lambda: preds.amax(-1)}
+    return {**functions, "`CrossEntropy.update`": lambda: eager.update(preds, target)}
+
+
 def torcheval_update(preds: Tensor, target: Tensor) -> Function:
     from torcheval.metrics import Perplexity as OfTorcheval  # noqa: PLC0415
 
@@ -301,11 +310,12 @@ def mostly_ignored(shape: Shape) -> Functions:
 
 def ready_losses(shape: Shape) -> Functions:
     preds, target = logits_and_target(shape)
-    losses = F.cross_entropy(preds, target, reduction="none")
+    rows, flat = preds.view(-1, shape[-1]), target.view(-1)
+    losses = F.cross_entropy(rows, flat, reduction="none").view_as(target)
     metric = CrossEntropy(input="losses")
     return {
-        "`CrossEntropy.update`": lambda: metric.update(losses, target),
-        OF_256: lambda: F.cross_entropy(preds, target, reduction="none"),
+        '`CrossEntropy(input="losses").update`': lambda: metric.update(losses, target),
+        OF_256: lambda: F.cross_entropy(rows, flat, reduction="none"),
     }
 
 
@@ -502,7 +512,17 @@ CASES = (
         (2048, 32_000),
         targets={NONE_IGNORED: 0.35},
     ),
-    Case("65,536 losses that are there already", ready_losses, (65_536, 256), targets={OF_256: 0.01}),
+    *(
+        Case(
+            f"4096 x 32,000 logits, {str(dtype).removeprefix('torch.')}, compiled",
+            partial(compiled_updates, dtype),
+            LOGITS,
+            targets=targets,
+        )
+        for dtype, targets in ((torch.float32, {ONE_READ: 3.0}), (torch.bfloat16, {ONE_READ: 6.0}))
+    ),
+    Case("65,536 losses that are there already", ready_losses, (64, 1024, 256), targets={OF_256: 0.01}),
+    Case("the same as 65,536 sequences of one", ready_losses, (65_536, 256), targets={OF_256: 0.01}),
     Case(
         "`update` of a tiny batch, 2 x 8 x 50",
         partial(tiny, "update"),

@@ -204,6 +204,24 @@ def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: 
         assert other == expected, f"threads={threads} size={size} class_dim=1"
 
 
+@pytest.mark.parametrize(("num_classes", "threads", "expected"), [(500_000, 6, 6), (500_000, 1, 2), (1000, 6, 1048)])
+def test_every_thread_has_a_row(num_classes: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer of 4 MiB holds two rows of a large vocabulary, with which all but two threads would have nothing to do."""
+    sizes = []
+    log_softmax = torch.log_softmax
+
+    def spy(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        sizes.append(len(scores))
+        return log_softmax(scores, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "log_softmax", spy)
+    torch.set_num_threads(threads)
+    preds = torch.zeros(1, num_classes).expand(2 * expected, num_classes)
+    losses = per_target_losses(preds, torch.zeros(2 * expected, dtype=torch.int64))
+    assert sizes == [expected] * 2
+    assert torch.allclose(losses, torch.full_like(losses, math.log(num_classes)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "class_weight": torch.ones(1000)}], ids=["-", "all"])
 @pytest.mark.parametrize("layout", ["contiguous", "shifted", "classes second", "transposed", "soft"])

@@ -46,12 +46,17 @@ from xent_metrics.kernels import Backend, Input, Results, compiles, fuses, loss_
 BinaryInput = Literal["logits", "probs"]
 SmoothingOver = Literal["all", "others"]
 
-_BUFFER_BYTES = {"cpu": 4 * 2**20}  # About the size of two cores' L2, which was fastest of 0.25 to 16 MiB.
-_ACCELERATOR_BUFFER_BYTES = 64 * 2**20  # Enough rows to fill the device, small beside its memory.
+# Rows in the buffer of a kernel: 4 MiB of them on the CPU, about the size of two cores' L2, which was fastest of 0.25 to
+# 16 MiB; and one for each thread, if that is more. On accelerators, where nothing was measured, a quarter of the 256 MiB
+# that Liger Kernel allows itself for temporary logits: to read and write that takes tens of microseconds at 3 TB/s, some
+# times what it takes to start a kernel.
+_BUFFER_BYTES = {"cpu": 4 * 2**20}
+_ACCELERATOR_BUFFER_BYTES = 64 * 2**20
+_MANY_THREADS = 256  # Nobody has more.
 
 # Of logits that are made where they are scored, so many at once, together 64 MiB with a smaller buffer than that above.
 # Each matmul reads all of the head's weight: below 128 rows that shows, and above 512 nothing is gained any more.
-_LINEAR_BYTES = 62 * 2**20
+_LINEAR_BYTES = 63 * 2**20
 _LINEAR_BUFFER_BYTES = {"cpu": 2**20}
 _FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
 
@@ -684,6 +689,8 @@ def _blocks(
     else:
         size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
         max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
+        if max_rows < _MANY_THREADS and isinstance(preds, Tensor) and free_to_look(preds):
+            max_rows = max(max_rows, torch.get_num_threads())
     readable = fused or (options.input == "logits" and preds.dtype == dtype)
     whole = None if linear or target is not None or scored is not None else tensors[0]
     if whole is not None and readable and 1 < num_rows <= max_rows and whole.is_contiguous():
