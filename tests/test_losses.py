@@ -206,7 +206,7 @@ def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: 
 
 @pytest.mark.parametrize(("num_classes", "threads", "expected"), [(500_000, 6, 6), (500_000, 1, 2), (1000, 6, 1048)])
 def test_every_thread_has_a_row(num_classes: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A buffer of 4 MiB holds two rows of a large vocabulary, with which all but two threads would have nothing to do."""
+    """Two rows of a large vocabulary fill a buffer, and all but two threads would have nothing to do."""
     sizes = []
     log_softmax = torch.log_softmax
 

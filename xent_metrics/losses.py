@@ -46,10 +46,10 @@ from xent_metrics.kernels import Backend, Input, Results, compiles, fuses, loss_
 BinaryInput = Literal["logits", "probs"]
 SmoothingOver = Literal["all", "others"]
 
-# Rows in the buffer of a kernel: 4 MiB of them on the CPU, about the size of two cores' L2, which was fastest of 0.25 to
-# 16 MiB; and one for each thread, if that is more. On accelerators, where nothing was measured, a quarter of the 256 MiB
-# that Liger Kernel allows itself for temporary logits: to read and write that takes tens of microseconds at 3 TB/s, some
-# times what it takes to start a kernel.
+# Rows in the buffer of a kernel: on the CPU 4 MiB of them, about the size of two cores' L2, fastest of 0.25 to 16 MiB;
+# and one for each thread, if that is more. On accelerators, where nothing was measured, a quarter of the 256 MiB that
+# Liger Kernel allows itself for temporary logits: to read and write that takes tens of microseconds at 3 TB/s, some
+# times as long as starting a kernel.
 _BUFFER_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20
 _MANY_THREADS = 256  # Nobody has more.
