@@ -78,6 +78,14 @@ def add_to(numbers: Any, values: Any) -> None:
     numbers += values
 
 
+def add_at(numbers: Any, i: int, value: Any) -> None:
+    """Add to one of the numbers; NumPy takes its time to add to a slice."""
+    if isinstance(numbers, Tensor):
+        add_to(numbers[i : i + 1], value)
+    else:
+        numbers[i] += value
+
+
 def times(x: Any, y: Any) -> Any:
     """Return the product, which is NaN for an infinity and 0 without a warning of NumPy's."""
     if isinstance(x, Tensor):

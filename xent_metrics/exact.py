@@ -112,9 +112,11 @@ def products(numbers: Any) -> Any:
     square = _gram(numbers.view(namespace(numbers).int16)).reshape(columns, 4, columns, 4)
     if sys.byteorder == "little":  # To the highest digit first.
         square = square.flip(1, 3) if isinstance(square, Tensor) else square[:, ::-1, :, ::-1]
-    powers = zeros_beside(square, columns, columns, 2 * NUM_LIMBS)  # Of 2**16, the highest first.
-    for i in range(4):
-        add_to(powers[..., 3 + i : 7 + i], square[:, i])
+    # Products of one power of 2**16 are on a diagonal; in rows that are one place longer they would be in a column.
+    rows = zeros_beside(square, columns, columns, 4, 2 * NUM_LIMBS + 1)
+    rows[..., 3:7] = square.swapaxes(1, 2)
+    skewed = rows.reshape(columns, columns, -1)[..., : 8 * NUM_LIMBS].reshape(columns, columns, 4, 2 * NUM_LIMBS)
+    powers = skewed.sum(-2)  # Of 2**16, the highest first.
     return (powers[..., 0::2] << 16) + powers[..., 1::2]
 
 

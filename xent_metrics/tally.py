@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xent_metrics.checks import (
     WEIGHT_LIMIT,
+    add_at,
     add_to,
     any_of,
     at_hand,
@@ -436,8 +437,8 @@ def _add_products(numbers: Any, sums: Any, length: int) -> None:
         wide = sums[:2].any(0) | (abs(sums[2]) >= (_SEQUENCE_LIMIT if length < _SEQUENCE_LIMIT else 0))
         wide = wide.any(0)
         fixed = (fixed + (sums[2] << SEQUENCE_BITS)) * ~wide
-        add_to(numbers[-1:], (wide & weighty).sum())
-    add_to(numbers[-2:-1], weighty.sum())
+        add_at(numbers, STATE_SIZE - 1, (wide & weighty).sum())
+    add_at(numbers, STATE_SIZE - 2, weighty.sum())
     pairs = zeros_beside(fixed, fixed.shape[1], 2)
     pairs[:] = fixed.T
     square = products(pairs)
@@ -488,10 +489,10 @@ class _Classified(NamedTuple):
         scored: Any = self.loss.shape[0] * self.loss.shape[1]
         if self.skipped is not None:
             scored = scored - self.skipped.sum()
-        add_to(counts[:1], scored)
+        add_at(counts, 0, scored)
         for i, mask in enumerate(self.reasons, start=1):
             if mask is not None:
-                add_to(counts[i : i + 1], mask.sum())
+                add_at(counts, i, mask.sum())
 
     def each(self) -> tuple[list[int], Any]:
         """Return which rows of a `GroupTally` anything is added to, and what every target, flat, adds to them."""
