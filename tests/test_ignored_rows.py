@@ -225,7 +225,9 @@ def test_targets_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="got 16 that are neither, such as 1000"):
         metric.update(preds, bad)
     monkeypatch.setattr("xent_metrics.batch.raises_now", lambda _: False)
-    metric.update(preds, bad)
+    with Normalized() as normalized:
+        metric.update(preds, bad)
+    assert normalized.scores == 112 * 1000
     clean.update(preds, bad.masked_fill(bad == 1000, -100))
     totals = metric.tally.totals()
     assert totals._replace(ignored=0, out_of_range=0) == clean.tally.totals()._replace(ignored=0)
@@ -382,6 +384,7 @@ def test_nothing_is_asked_where_nothing_is_ignored(num_rows: int, num_classes: i
         with operators:
             metric.update(preds, target)
         counts.append(dict(operators.counts))
+        assert operators.count("nonzero") == operators.count("aten.index.Tensor") == 0
     assert counts[0] == counts[1]
 
 
