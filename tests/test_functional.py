@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import Operators
+from tests.test_compile import FORMS, Form
 from xent_metrics import CrossEntropy, CrossEntropyReport, Tally, functional
 
 K = 5
@@ -235,13 +236,16 @@ CASES = {
 }
 
 
-def batch_on(device: str, case: str) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+def batch_on(
+    device: str, case: str, num_rows: int = 2, num_classes: int = K
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
     """Return a batch of one of the cases on a device, and the options that go with it."""
     options, weighing, soft = CASES[case]
-    shape = (2, 3) if case == "losses" else (2, K, 3) if "class_dim" in options else (2, 3, K)
+    second = "class_dim" in options
+    shape = (num_rows, 3) if case == "losses" else (num_rows, num_classes, 3) if second else (num_rows, 3, num_classes)
     preds = torch.rand(shape, device=device)
-    target = torch.rand(shape, device=device) if soft else torch.ones(2, 3, dtype=torch.int64, device=device)
-    weight = None if weighing is None else torch.ones(2, 3, device=device).to(weighing)
+    target = torch.rand(shape, device=device) if soft else torch.ones(num_rows, 3, dtype=torch.int64, device=device)
+    weight = None if weighing is None else torch.ones(num_rows, 3, device=device).to(weighing)
     return (preds, target, weight), options
 
 
@@ -286,6 +290,30 @@ def test_update_and_forward_never_wait(case: str, metric_class: Any, operators: 
         metric(*args)
     assert_stays(operators, "meta")
     assert metric.tally.state.device.type == "meta"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_many_rows_never_wait(case: str, operators: Operators) -> None:
+    """Nor is anything looked at of so many logits that ignored rows would be left out on the CPU."""
+    args, options = batch_on("meta", case, num_rows=1000, num_classes=8000)
+    metric = CrossEntropy(class_weight=None if case == "losses" else torch.ones(8000), **options).to("meta")
+    with operators:
+        metric.update(*args)
+        metric(*args)
+        functional.cross_entropy(*args, class_weight=metric.class_weight, **options)
+    assert_stays(operators, "meta")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_every_function_never_waits(form: Form, operators: Operators) -> None:
+    """All functions run on a device without data."""
+    batch, options = (
+        {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in values.items()}
+        for values in (form.batches()[0], form.options)
+    )
+    with operators:
+        form.function(**batch, **options)
+    assert_stays(operators, "meta")
 
 
 @pytest.mark.usefixtures("deferred")
