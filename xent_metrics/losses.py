@@ -687,10 +687,7 @@ def _blocks(
     if fused and (linear or (scored is None and _all_at_once(tensors))):
         max_rows = max(1, num_rows)
     else:
-        size = (_LINEAR_BUFFER_BYTES if linear else _BUFFER_BYTES).get(preds.device.type, _ACCELERATOR_BUFFER_BYTES)
-        max_rows = max(2, size // (num_buffers * num_classes * dtype.itemsize))
-        if max_rows < _MANY_THREADS and isinstance(preds, Tensor) and free_to_look(preds):
-            max_rows = max(max_rows, torch.get_num_threads())
+        max_rows = _rows_in_buffer(preds, num_buffers * num_classes * dtype.itemsize)
     readable = fused or (options.input == "logits" and preds.dtype == dtype)
     whole = None if linear or target is not None or scored is not None else tensors[0]
     if whole is not None and readable and 1 < num_rows <= max_rows and whole.is_contiguous():
@@ -698,7 +695,8 @@ def _blocks(
         yield slice(0, num_rows), whole.view(num_rows, num_classes), None, None, None
         return
     buffers: list[Tensor | None] = [None, None]
-    if not fused:
+    in_place = linear and readable  # Logits that are made here may be written to.
+    if not fused and not (in_place and target is None):
         shape = max(2, min(max_rows, num_rows)), num_classes
         buffers[:num_buffers] = [torch.empty(shape, dtype=dtype, device=preds.device) for _ in range(num_buffers)]
     if isinstance(preds, LinearLogits):
@@ -712,7 +710,16 @@ def _blocks(
         buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
         scores = _as_rows(parts[0], buffer, readable)
         soft = None if target is None else _as_rows(parts[1], target_buffer, fused)
-        yield rows, scores, scores if linear and readable and not fused else buffer, soft, target_buffer
+        yield rows, scores, scores if in_place and not fused else buffer, soft, target_buffer
+
+
+def _rows_in_buffer(preds: Tensor | LinearLogits, num_bytes: int) -> int:
+    """Return how many rows of so many bytes a kernel is given at a time."""
+    if isinstance(preds, LinearLogits):
+        return max(2, _LINEAR_BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
+    num_rows = max(2, _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
+    # To ask for the number of threads is no part of compiled code.
+    return max(num_rows, torch.get_num_threads()) if num_rows < _MANY_THREADS and free_to_look(preds) else num_rows
 
 
 def _all_at_once(tensors: list[Tensor]) -> bool:
@@ -737,6 +744,8 @@ def _chosen_blocks(
     scores: Tensor, max_rows: int, chosen: Tensor, buffer: Tensor | None
 ) -> Iterator[tuple[Rows, list[Tensor]]]:
     """Yield some of the rows: views where they follow each other in memory, or gathered, in the buffer if it fits."""
+    if not len(chosen):
+        return
     num_classes, strides = scores.shape[-1], scores.stride()
     if strides[-1] != 1 or any(stride % num_classes for stride in strides[:-1]):
         for rows in chosen.split(max_rows // 2):  # What is gathered is as large as the buffer.
@@ -745,15 +754,13 @@ def _chosen_blocks(
     # Where they are in memory, which is all rows, whatever those between them belong to.
     steps = torch.tensor([stride // num_classes for stride in strides[:-1]])
     places = (torch.stack(torch.unravel_index(chosen, scores.shape[:-1]), 1) * steps).sum(1)
-    memory = scores.as_strided((int(places.max()) + 1 if len(places) else 0, num_classes), (num_classes, 1))
+    memory = scores.as_strided((int(places.max()) + 1, num_classes), (num_classes, 1))
     if buffer is None or buffer.dtype != scores.dtype:
         buffer = scores.new_empty(min(max_rows, len(chosen)), num_classes)
     for rows, here in zip(chosen.split(max_rows), places.split(max_rows), strict=True):
-        if not len(rows):
-            continue
-        first, last = at_hand(here)[[0, -1]].tolist()
-        if last - first < len(rows):
-            yield rows, [memory[first : last + 1]]
+        first = int(here[0])
+        if bool((here.diff() == 1).all()):
+            yield rows, [memory[first : first + len(rows)]]
         else:
             yield rows, [torch.index_select(memory, 0, here, out=_first(buffer, len(rows)))]
 
