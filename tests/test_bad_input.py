@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import xent_metrics
 from xent_metrics import (
@@ -986,6 +987,28 @@ def test_too_much_smoothing_over_the_others(name: str, soft: bool, call: str) ->
     assert re.match(r"`label_smoothing` .* at most \(K - 1\) / K = 3/4, got 0\.76: .*; lower it\.", message)
     assert metric.update_count == metric.tally.state.abs().sum() == 0
     raised(ValueError, lambda: KINDS[name].call(make_batch(name), label_smoothing=0.76, **options))
+
+
+@row('`backend="compile"` where there is no compiler')
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
+@each_call
+@pytest.mark.parametrize("name", ["CrossEntropy", "CrossEntropyReport", "BinaryCrossEntropy"])
+def test_no_compiler(name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch says what was looked for, and what to do instead; an empty one needs no compiler."""
+    pick_vec_isa()  # What the processor can do is found out by compiling, and remembered.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    batch = KINDS[name].chosen(make_batch(name))
+    metric = KINDS[name].make(backend="compile")
+    metric.update(**{key: None if x is None else x[:0] for key, x in batch.items()})
+    state, count = metric.tally.state.clone(), metric.update_count
+    torch._dynamo.reset()  # What was compiled for another test would do.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "fx_graph_cache": False}):
+        message = raised(ValueError, lambda: getattr(metric, call)(**batch))
+    assert re.match(r"`backend` must be 'auto' or 'eager' where nothing can be compiled, got 'compile' and ", message)
+    assert "/no/such/compiler" in message
+    assert message.endswith("; install a C++ compiler (Triton on CUDA), or leave it out.")
+    assert torch.equal(metric.tally.state, state)
+    assert metric.update_count == count
 
 
 @row('both `token_bytes` and `num_bytes`, or neither; `num_bytes` with `nan_policy="omit"`')
