@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import xent_metrics
 from xent_metrics import (
@@ -988,6 +989,28 @@ def test_too_much_smoothing_over_the_others(name: str, soft: bool, call: str) ->
     raised(ValueError, lambda: KINDS[name].call(make_batch(name), label_smoothing=0.76, **options))
 
 
+@row('`backend="compile"` where there is no compiler')
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
+@each_call
+@pytest.mark.parametrize("name", ["CrossEntropy", "CrossEntropyReport", "BinaryCrossEntropy"])
+def test_no_compiler(name: str, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch says what was looked for, and what to do instead; an empty one needs no compiler."""
+    pick_vec_isa()  # What the processor can do is found out by compiling, and remembered.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    batch = KINDS[name].chosen(make_batch(name))
+    metric = KINDS[name].make(backend="compile")
+    metric.update(**{key: None if x is None else x[:0] for key, x in batch.items()})
+    state, count = metric.tally.state.clone(), metric.update_count
+    torch._dynamo.reset()  # What was compiled for another test would do.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/no/such/compiler"), "fx_graph_cache": False}):
+        message = raised(ValueError, lambda: getattr(metric, call)(**batch))
+    assert re.match(r"`backend` must be 'auto' or 'eager' where nothing can be compiled, got 'compile' and ", message)
+    assert "/no/such/compiler" in message
+    assert message.endswith("; install a C++ compiler (Triton on CUDA), or leave it out.")
+    assert torch.equal(metric.tally.state, state)
+    assert metric.update_count == count
+
+
 @row('both `token_bytes` and `num_bytes`, or neither; `num_bytes` with `nan_policy="omit"`')
 @each_call
 def test_two_sources_of_bytes_or_none(call: str) -> None:
@@ -1424,6 +1447,7 @@ JUNK: dict[str, list[Any]] = {
     "ignore_index": ["-100", 1.0, True, [1], torch.tensor(1), math.nan],
     "eps": ["0", True, 0.0, -1e-3, 0.5, math.nan, torch.tensor(0.1), 1e-7],
     "shift": [0, 1, None, "yes", torch.tensor(1)],
+    "backend": ["inductor", None, True, 1, [], "COMPILE", torch.compile],
     "unit": ["bit", None, True, 2],
     "nan_policy": ["drop", None, True, 0],
     "sequence_group": ["world", 0],

@@ -1228,6 +1228,7 @@ ARGUMENTS = {
     "file": {"token_bytes": "bytes.pt", "groups": ["even", "odd"]},
     "extract": {"extract": "tests.fits.second_head"},
     "shift": {"shift": True},
+    "backend": {"backend": "eager"},
 }
 
 
@@ -1300,6 +1301,7 @@ def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
     [
         ({"nan_policy": "ommit"}, "(?s)nan_policy.*'propagate'.*'omit'.*'raise'.*ommit"),
         ({"nan_polici": "omit"}, "(?s)nan_polici"),
+        ({"backend": "inductor"}, "(?s)backend.*'auto'.*'eager'.*'compile'.*inductor"),
         ({"groups": "even"}, "(?s)groups.*even"),
         ({"extract": "tests.fits.no_such_function"}, "(?s)extract.*no_such_function"),
         ({"confidence": "high"}, "(?s)confidence.*high"),
