@@ -9,7 +9,7 @@ share the `sum` over a long row that is alone, and round it differently.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -23,6 +23,9 @@ Input = Literal["logits", "log_probs", "probs", "losses"]
 Backend = Literal["auto", "eager", "compile"]
 Results = tuple[Any, ...]
 """What a kernel returns of rows: losses first, then masks, or None for nowhere."""
+
+_LANES = 64  # A multiple of as many numbers as any processor does at a time.
+_MANY = 256
 
 
 def loss_dtype(preds: Any) -> torch.dtype:
@@ -43,8 +46,8 @@ def fuses(backend: Backend) -> bool:
 def looked_up(
     scores: Tensor,
     index: Tensor,
-    class_weight: Tensor | None,
     buffer: Tensor | None,
+    class_weight: Tensor | None,
     *,
     input: Input,
     eps: float | None,
@@ -55,8 +58,8 @@ def looked_up(
     Args:
         scores: Two rows or more, one score a class.
         index: The class of each row.
-        class_weight: Of every class.
         buffer: Of the shape of `scores`, to be written to; it may be `scores`. None to make what is needed.
+        class_weight: Of every class.
         input: What the scores are.
         eps: Where to clip probabilities.
         smooth: Whether the sum over all classes is wanted.
@@ -71,8 +74,8 @@ def looked_up(
 def reduced(
     scores: Tensor,
     index: Tensor,
+    top: Tensor | None,
     class_weight: Tensor | None,
-    top: Tensor | None = None,
     *,
     input: Input,
     eps: float | None,
@@ -86,8 +89,8 @@ def reduced(
     Args:
         scores: As above.
         index: As above.
-        class_weight: As above.
         top: The largest logit of each row, if some of them are elsewhere.
+        class_weight: As above.
         input: As above.
         eps: As above.
         smooth: As above.
@@ -96,12 +99,7 @@ def reduced(
         Of each row its score at `index`; for logits relative to the largest one, and then the sum of exponentials of
         all of them; the sum over all classes if asked to; and what is improper.
     """
-    scores, improper, exponentials = scores.to(loss_dtype(scores), copy=True), None, None
-    if input == "logits":
-        scores.sub_((scores.amax(1) if top is None else top).unsqueeze(1))
-        exponentials = scores.exp().sum(1)
-    elif input == "probs":
-        improper = _clip(scores, eps)
+    scores, exponentials, improper = _relative(scores, top, input, eps)
     of_target, of_all = scores.gather(1, index.unsqueeze(1)).squeeze(1), None
     if smooth:
         if input == "probs":
@@ -140,9 +138,9 @@ def weighted(loss: Tensor, of_all: Tensor | None, norm: Tensor | None, smoothing
 def soft(
     scores: Tensor,
     target: Tensor,
+    buffer: Tensor | None,
+    target_buffer: Tensor | None,
     class_weight: Tensor | None,
-    buffer: Tensor | None = None,
-    target_buffer: Tensor | None = None,
     *,
     input: Input,
     eps: float | None,
@@ -154,24 +152,44 @@ def soft(
     Args:
         scores: As above.
         target: One probability a class.
-        class_weight: As above.
         buffer: As above.
         target_buffer: The same for `target`.
+        class_weight: As above.
         input: As above.
         eps: As above.
         smoothing: The share of a target that is spread over all classes.
         excess: How far the sum of a distribution may be from 1.
     """
     log_probs, improper = _log_probs(scores, buffer, input, eps)
-    probs = _copied(target, target_buffer, log_probs.dtype)
-    # Asked so that a NaN is none either.
-    distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
-    if smoothing:
-        probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-    if class_weight is not None:
-        probs.mul_(class_weight)
-    weigh(log_probs, probs)
-    return log_probs.sum(1).neg_(), ~distribution, improper
+    coefficient, none = _coefficients(target, target_buffer, log_probs.dtype, class_weight, smoothing, excess)
+    weigh(log_probs, coefficient)
+    return log_probs.sum(1).neg_(), none, improper
+
+
+def soft_reduced(
+    scores: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    *,
+    input: Input,
+    eps: float | None,
+    smoothing: float,
+    excess: float,
+) -> Results:
+    """Return what `soft_resolved` makes the same of, as `reduced` does."""
+    scores, exponentials, improper = _relative(scores, None, input, eps)
+    if input == "probs":
+        scores.log_()
+    coefficient, none = _coefficients(target, None, scores.dtype, class_weight, smoothing, excess)
+    weigh(scores, coefficient)
+    return scores.sum(1), exponentials, coefficient.sum(1), none, improper
+
+
+def soft_resolved(
+    of_all: Tensor, exponentials: Tensor | None, weight_of_all: Tensor, none: Tensor, improper: Tensor | None
+) -> Results:
+    """Return what `soft` does, of what `soft_reduced` returns."""
+    return of_all.neg() if exponentials is None else exponentials.log() * weight_of_all - of_all, none, improper
 
 
 def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -> Results:
@@ -215,6 +233,36 @@ def weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
         log_probs.mul_(coefficient).masked_fill_(coefficient == 0, 0.0)
 
 
+def _relative(
+    scores: Tensor, top: Tensor | None, input: Input, eps: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return a copy of the scores: logits relative to the largest of a row, with the sum of their exponentials."""
+    scores = scores.to(loss_dtype(scores), copy=True)
+    if input != "logits":
+        return scores, None, _clip(scores, eps) if input == "probs" else None
+    scores.sub_((scores.amax(1) if top is None else top).unsqueeze(1))
+    return scores, scores.exp().sum(1), None
+
+
+def _coefficients(
+    target: Tensor,
+    buffer: Tensor | None,
+    dtype: torch.dtype,
+    class_weight: Tensor | None,
+    smoothing: float,
+    excess: float,
+) -> tuple[Tensor, Tensor]:
+    """Return what log-probabilities are multiplied by for soft targets, and which of those are no distributions."""
+    probs = _copied(target, buffer, dtype)
+    # Asked so that a NaN is none either.
+    distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
+    if smoothing:
+        probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
+    if class_weight is not None:
+        probs.mul_(class_weight)
+    return probs, ~distribution
+
+
 def _log_probs(scores: Tensor, buffer: Tensor | None, input: Input, eps: float | None) -> tuple[Tensor, Tensor | None]:
     """Return log-probabilities, and for probabilities which rows have some outside [0, 1]."""
     if input == "logits":
@@ -242,37 +290,77 @@ def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def run(
-    backend: Backend, kernel: Callable[..., Results], tensors: Sequence[Tensor | None], **constants: Hashable
+    backend: Backend,
+    kernel: Callable[..., Results],
+    rows: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    **constants: Hashable,
 ) -> Results:
     """Call a kernel, compiled if that is asked for and there is anything to do.
+
+    Args:
+        backend: Whether to compile it.
+        kernel: One of the above.
+        rows: Its tensors that have a row for each target.
+        others: Those that have not.
+        **constants: Its other arguments.
 
     Raises:
         ValueError: If it cannot be compiled.
     """
-    if not compiles(backend) or not all(x is None or x.numel() for x in tensors):
-        return kernel(*tensors, **constants)
-    # Not views, for which other code is made than for what is none.
-    whole = [None if x is None else x.data for x in tensors]
-    # Of any number of rows, but of one number of classes: what is best for one may be another thing for the next, and
-    # the bits of a loss must not depend on what came first.
-    kinds = []
-    for x in whole:
+    if not compiles(backend) or not all(x is None or x.numel() for x in rows):
+        return kernel(*rows, *others, **constants)
+    assert rows[0] is not None
+    count = len(rows[0])
+    # Compiled code takes several short rows at a time, and what is left of them in another way, with other bits. So
+    # nothing is left.
+    left = count % _LANES if rows[0].shape[1:].numel() < _LANES else 0
+    parts = []
+    if left < count:
+        parts.append(_run_compiled(kernel, [x if x is None else x[: count - left] for x in rows], others, constants))
+    if left:
+        rest = [x if x is None else torch.cat([x[-left:], x.new_zeros(_LANES - left, *x.shape[1:])]) for x in rows]
+        parts.append(tuple(x if x is None else x[:left] for x in _run_compiled(kernel, rest, others, constants)))
+    return parts[0] if len(parts) == 1 else join(parts)
+
+
+def _run_compiled(
+    kernel: Callable[..., Results],
+    rows: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    constants: Mapping[str, Hashable],
+) -> Results:
+    """Call a kernel that is compiled for any number of rows, but for one number of classes.
+
+    What is best for one may be another thing for the next, and the bits of a loss must not depend on what came first.
+    """
+    # A view is of another kind than what is none, and strides are too.
+    tensors = [None if x is None else x.contiguous().data for x in [*rows, *others]]
+    for x in tensors:
         if x is not None and x.dim() == 2:
             torch._dynamo.mark_static(x, 1)
-        kinds.append(None if x is None else (x.dtype, x.device.type, x.shape[1:]))
-    compiled = _compiled(kernel, tuple(kinds), **constants)
+    kinds = tuple(None if x is None else (x.dtype, x.device.type, x.shape[1:]) for x in tensors)
     try:
-        return compiled(*whole)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+        return _compiled(kernel, kinds, **constants)(*tensors)
+    except torch._dynamo.exc.TorchDynamoException as error:
         cause = str(error).partition("\n")[0]
         raise ValueError(
-            f"`backend` must be 'auto' or 'eager' where nothing can be compiled, got 'compile' and {cause!r}; install "
-            "a C++ compiler (Triton on CUDA), or leave it out."
+            f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "
+            "install what is missing (a C++ compiler, Triton on CUDA), or leave it out."
         ) from error
+
+
+def join(results: Sequence[Results]) -> Results:
+    """Put what a kernel returned of several blocks one after the other."""
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True))
 
 
 @cache
 def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> Callable[..., Results]:
-    """Return a compiled kernel for tensors of one kind; other kinds have theirs, so that none is compiled too often."""
+    """Return a compiled kernel for tensors of one kind.
+
+    Each kind has its own: PyTorch refuses to compile one function too often, as it counts threads, autocast and
+    inference mode too.
+    """
     bound = partial(kernel, **constants)
-    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.
+    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=_MANY)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.

@@ -395,7 +395,7 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             return torch.full((target.numel(),), nats, dtype=widest_float(preds.device), device=preds.device)
         results = []
         for rows, probs, buffer, _, _ in _blocks(target, None, replace(options, input="probs", eps=None)):
-            results.append(_cut(run(options.backend, kernels.entropy, (probs, buffer), smoothing=smoothing), rows))
+            results.append(_cut(run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing), rows))
         return _joined(results)[0] if results else target.new_empty(0, dtype=loss_dtype(target))
 
 
@@ -428,15 +428,13 @@ def binary_losses(
     with torch.no_grad():
         ignored = _is_ignored(target, options)
         out_of_range = _outside_unit(target, ignored)
-        tensors: tuple[Tensor | None, ...] = preds, target, pos_weight
+        rows: tuple[Tensor | None, ...] = preds, target, pos_weight
         if compiles(options.backend):  # For one dimension, whatever the shape.
-            tensors = tuple(
-                None if x is None else _paired(x.expand(target.shape).reshape(-1).contiguous()) for x in tensors
-            )
-        constants = {"input": options.input, "eps": options.eps, "smoothing": options.label_smoothing}
-        loss, improper = run(options.backend, kernels.binary, tensors, **constants)
+            rows = tuple(None if x is None else x.expand(target.shape).reshape(-1) for x in rows)
+        constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smoothing": options.label_smoothing}
+        loss, improper = run(options.backend, kernels.binary, rows, [], **constants)
         losses = TargetLosses(loss, None, ignored, out_of_range, improper)
-        return losses.map(lambda x: x.reshape(-1)[: target.numel()]).as_sequences(target.shape)
+        return losses.map(lambda x: x.reshape(-1)).as_sequences(target.shape)
 
 
 def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
@@ -527,10 +525,10 @@ def _score_hard(
     num_classes = preds.shape[options.class_dim]
     smooth, results = options.smoothing(num_classes) > 0, []
     kernel = kernels.reduced if compiles(options.backend) else kernels.looked_up
+    constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smooth": smooth}
     for rows, scores, buffer, _, _ in _blocks(preds, None, options, scored):
-        tensors = scores, _of_rows(index, rows), class_weight, buffer
-        found = run(options.backend, kernel, tensors, input=options.input, eps=options.eps, smooth=smooth)
-        results.append(_cut(found, rows))
+        tensors = scores, _of_rows(index, rows), buffer
+        results.append(_cut(run(options.backend, kernel, tensors, [class_weight], **constants), rows))
     if not results:
         return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), norm, ignored, out_of_range)
     of_scored = norm if norm is None or scored is None else norm[scored]
@@ -600,9 +598,10 @@ def _score_shard(
     own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
     # Of each row: the target's logit, the sum of exponentials, and that of all logits; each relative to the largest.
     sums = torch.zeros(3, len(index), dtype=dtype, device=index.device)
+    constants: dict[str, Any] = {"input": "logits", "eps": None, "smooth": smoothing > 0}
     for block, (part,) in blocks:
-        tensors = part.reshape(-1, width), local[block], own_weight, top[block]
-        found = run(options.backend, kernels.reduced, tensors, input="logits", eps=None, smooth=smoothing > 0)
+        tensors = part.reshape(-1, width), local[block], top[block]
+        found = run(options.backend, kernels.reduced, tensors, [own_weight], **constants)
         for total, x in zip(sums, found, strict=False):
             if x is not None:
                 total[block] = x
@@ -636,15 +635,21 @@ def _score_soft(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
 ) -> TargetLosses:
     """Score targets that are distributions."""
-    smoothing, results = options.smoothing(preds.shape[options.class_dim]), []
-    excess = _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS)
-    constants = {"input": options.input, "eps": options.eps, "smoothing": smoothing, "excess": excess}
+    kernel, results = kernels.soft_reduced if compiles(options.backend) else kernels.soft, []
+    constants: dict[str, Any] = {
+        "input": options.input,
+        "eps": options.eps,
+        "smoothing": options.smoothing(preds.shape[options.class_dim]),
+        "excess": _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
+    }
     for rows, scores, buffer, probs, probs_buffer in _blocks(preds, target, options):
-        tensors = scores, probs, class_weight, buffer, probs_buffer
-        results.append(_cut(run(options.backend, kernels.soft, tensors, **constants), rows))
+        tensors = (scores, probs) if compiles(options.backend) else (scores, probs, buffer, probs_buffer)
+        found = run(options.backend, kernel, tensors, [class_weight], **constants)
+        results.append(_cut(found, rows))
     if not results:
         return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)), None, None, None)
-    loss, out_of_range, improper = _joined(results)
+    joined = _joined(results)
+    loss, out_of_range, improper = kernels.soft_resolved(*joined) if compiles(options.backend) else joined
     return TargetLosses(loss, None, None, out_of_range, improper)
 
 
@@ -666,9 +671,7 @@ def _cut(results: Results, rows: Rows) -> Results:
 
 def _joined(results: list[Results]) -> Results:
     """Join what a kernel returned of each block."""
-    if len(results) == 1:
-        return results[0]
-    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True))
+    return results[0] if len(results) == 1 else kernels.join(results)
 
 
 def _blocks(
