@@ -480,6 +480,20 @@ def test_two_compilations_of_yes_or_no() -> None:
 
 
 @needs_compiler
+def test_modes_of_the_process_do_not_use_up_a_limit() -> None:
+    """PyTorch compiles again for another number of threads, and gives up after some times; here it does not."""
+    target = torch.randint(0, 6, (70,))
+    preds, spread = torch.randn(70, 6), torch.stack([target, target], 1)[:, 0]
+    expected = functional.per_target_losses(preds, target)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert_near(functional.per_target_losses(preds, target, backend="compile"), expected)
+    before = compilations()
+    assert_near(functional.per_target_losses(preds, spread, backend="compile"), expected)
+    assert compilations() == before  # Whatever the strides of the target.
+
+
 def test_nothing_is_compiled_for_nothing() -> None:
     """An empty batch does not reach the compiler; one whose targets are all ignored adds nothing."""
     metric, before = CrossEntropy(backend="compile"), compilations()
