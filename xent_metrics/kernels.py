@@ -1,9 +1,12 @@
 """The arithmetic of losses: from rows of scores to one loss each, in nats, one kernel for each kind of target.
 
-A kernel is one function that runs in two ways. Run as it is, it is given a few rows at a time and a buffer that is used
-again for the next ones; compiled, it is given all rows at once and no buffer, and the compiler fuses it so that none is
-needed. Either way a row has the same bits among any others: rows are contiguous and at least two, as threads would
-share the `sum` over a long row that is alone, and round it differently.
+A kernel that is run as it is gets a few rows at a time, and a buffer that is used again for the next ones. Compiled, it
+gets all rows at once and no buffer: the compiler fuses its steps so that none is needed. It then returns sums over a
+row, of which losses are made outside.
+
+Either way a row has the same bits among any others. So rows are contiguous and at least two, as threads would share the
+`sum` over a long row that is alone and round it differently; and compiled code takes no logarithm of single rows, as it
+has one for several of them at a time and another for what is left, which differ in the last bit.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ Results = tuple[Any, ...]
 """What a kernel returns of rows: losses first, then masks, or None for nowhere."""
 
 _LANES = 64  # A multiple of as many numbers as any processor does at a time.
-_MANY = 256
+_MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
 
 
 def loss_dtype(preds: Any) -> torch.dtype:
@@ -82,9 +85,6 @@ def reduced(
     smooth: bool,
 ) -> Results:
     """Return what `resolved` makes the same of: sums that a compiler makes while it reads the scores.
-
-    The logarithms of single rows are left to `resolved`. Compiled code has one logarithm for many rows at a time and
-    another for the rest of them, which differ in the last bit.
 
     Args:
         scores: As above.
