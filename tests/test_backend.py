@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -540,6 +541,29 @@ def test_nothing_is_compiled_unasked(backend: Any) -> None:
     metric.update(torch.randn(4, K), torch.randint(0, K, (4,)))
     metric.update(torch.randn(300, 8000), torch.randint(0, 8000, (300,)))
     assert (dict(torch._dynamo.utils.counters["stats"]), kernels._compiled.cache_info().misses) == before
+
+
+def test_another_thread_may_compile_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, peak_bytes: Callable[[Callable[[], object]], int]
+) -> None:
+    """PyTorch then says of all threads that they compile; this one still looks at its targets, and needs no memory."""
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    metric = CrossEntropy()
+    with pytest.raises(ValueError, match="`target` must hold class indices"):
+        metric.update(torch.randn(4, K), torch.tensor([0, 1, K, 2]))
+    preds, target = torch.randn(1500, 4000).bfloat16(), torch.randint(0, 4000, (1500,))
+    assert peak_bytes(lambda: metric.update(preds, target)) < 2**23
+
+
+def test_threads_compile_once_and_agree() -> None:
+    """Metrics of several threads make the same losses, of one kernel."""
+    preds, target = torch.randn(300, 11), torch.randint(0, 11, (300,))
+    before = compilations()
+    with ThreadPoolExecutor(4) as pool:
+        losses = [pool.submit(functional.per_target_losses, preds, target, backend="compile") for _ in range(8)]
+    assert len({bits_of(loss.result()) for loss in losses}) == 1
+    assert compilations() - before <= 2
 
 
 class Graphs:

@@ -1447,7 +1447,7 @@ JUNK: dict[str, list[Any]] = {
     "ignore_index": ["-100", 1.0, True, [1], torch.tensor(1), math.nan],
     "eps": ["0", True, 0.0, -1e-3, 0.5, math.nan, torch.tensor(0.1), 1e-7],
     "shift": [0, 1, None, "yes", torch.tensor(1)],
-    "backend": ["inductor", None, True, 1, [], "COMPILE", torch.compile],
+    "backend": ["inductor", None, True, 1, [], "COMPILE"],
     "unit": ["bit", None, True, 2],
     "nan_policy": ["drop", None, True, 0],
     "sequence_group": ["world", 0],

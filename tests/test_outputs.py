@@ -117,15 +117,29 @@ def test_many_batches_are_tallied_together(operators: Operators) -> None:
     assert tally_of_ten == tally_of_one
 
 
-@pytest.mark.parametrize(("batches", "size", "most"), [(3000, 64, 2**16 + 64), (5, 2**15, 3 * 2**15)])
-def test_few_losses_are_kept(batches: int, size: int, most: int) -> None:
-    """However long it takes until the tallies are asked for, some hundred KiB are kept."""
+@pytest.mark.parametrize(("num_batches", "size"), [(3000, 64), (5, 2**15), (1000, 1), (1000, 0)])
+def test_few_losses_are_kept(num_batches: int, size: int) -> None:
+    """However long it takes until the tallies are asked for, some hundred KiB are kept, in not too many pieces."""
     reader = make_reader()
     pool, batch = (
         Pool(reader.zero()),
         {"losses": torch.rand(1, size), "target": torch.zeros(1, size, dtype=torch.int64)},
     )
-    for _ in range(batches):
+    for _ in range(num_batches):
         keep(reader, pool, batch)
-        assert pool._num_kept() <= most
-    assert pool.tallies()[0].unbind()[0].totals().scored == batches * size
+        assert sum(losses[0].loss.numel() for losses in pool._kept) < 2**16
+        assert len(pool._kept) < 64
+    assert pool.tallies()[0].unbind()[0].totals().scored == num_batches * size
+
+
+def test_what_cannot_be_tallied_is_not_tried_again() -> None:
+    """An error is told once, and does not meet whoever asks for what there is besides."""
+    reader = make_reader()
+    pool = Pool(reader.zero())
+    batch = {"losses": torch.rand(1, 4), "target": torch.zeros(1, 4, dtype=torch.int64)}
+    keep(reader, pool, batch)
+    pool.tallies()
+    keep(reader, pool, {name: x.to("meta") for name, x in batch.items()})
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        pool.tallies()
+    assert pool.tallies()[0].unbind()[0].totals().scored == 4

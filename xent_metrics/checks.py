@@ -33,9 +33,17 @@ _BLOCK_LOOKED_AT = 2**18  # Scores that are looked at together.
 _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
 
 
+def being_compiled() -> bool:
+    """Say whether this call is being compiled or exported.
+
+    `torch.compiler.is_compiling` also says so of everything that runs while another thread compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
 def free_to_look(values: Tensor) -> bool:
     """Say whether values can be looked at: that would stall an accelerator, and compiled code cannot branch on them."""
-    return values.is_cpu and not torch.compiler.is_compiling()
+    return values.is_cpu and not being_compiled()
 
 
 def no_graph() -> AbstractContextManager[None]:

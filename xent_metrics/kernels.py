@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
+from threading import Lock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent_metrics.checks import at_hand, extremes
+from xent_metrics.checks import at_hand, being_compiled, extremes
 
 Input = Literal["logits", "log_probs", "probs", "losses"]
 Backend = Literal["auto", "eager", "compile"]
@@ -31,6 +32,9 @@ _LANES = 64  # A multiple of as many numbers as any processor does at a time.
 _MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
 
 
+_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself.
+
+
 def loss_dtype(preds: Any) -> torch.dtype:
     """Return the dtype that losses of `preds` are computed in: float64 for float64, float32 for the rest."""
     return torch.float64 if preds.dtype == torch.float64 else torch.float32
@@ -38,12 +42,12 @@ def loss_dtype(preds: Any) -> torch.dtype:
 
 def compiles(backend: Backend) -> bool:
     """Say whether kernels are compiled; where what calls us is compiled itself, they are a part of that instead."""
-    return backend == "compile" and not torch.compiler.is_compiling()
+    return backend == "compile" and not being_compiled() and not torch._dynamo.config.disable
 
 
 def fuses(backend: Backend) -> bool:
     """Say whether kernels need no buffers, as a compiler fuses their steps: that of our caller, or ours."""
-    return backend == "compile" or (backend == "auto" and torch.compiler.is_compiling())
+    return being_compiled() if backend == "auto" else backend == "compile" and (being_compiled() or compiles(backend))
 
 
 def looked_up(
@@ -122,7 +126,7 @@ def resolved(
     if exponentials is None:
         return (of_target.log() if input == "probs" else of_target).neg(), of_all, improper
     log_sum = exponentials.log()
-    return log_sum - of_target, None if of_all is None else of_all - log_sum * weight_of_all, improper
+    return log_sum - of_target, None if of_all is None else of_all - _times(log_sum, weight_of_all), improper
 
 
 def weighted(loss: Tensor, of_all: Tensor | None, norm: Tensor | None, smoothing: float, num_classes: int) -> Tensor:
@@ -189,7 +193,8 @@ def soft_resolved(
     of_all: Tensor, exponentials: Tensor | None, weight_of_all: Tensor, none: Tensor, improper: Tensor | None
 ) -> Results:
     """Return what `soft` does, of what `soft_reduced` returns."""
-    return of_all.neg() if exponentials is None else exponentials.log() * weight_of_all - of_all, none, improper
+    loss = of_all.neg() if exponentials is None else _times(exponentials.log(), weight_of_all) - of_all
+    return loss, none, improper
 
 
 def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -> Results:
@@ -225,6 +230,12 @@ def binary(
             continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
         log.masked_fill_(coefficient == 0, 0.0)
     return torch.neg(log_p + log_q), improper
+
+
+def _times(log_sum: Tensor, weight: float | Tensor) -> Tensor:
+    """Multiply; a weight of 0 gives 0, also of an infinity."""
+    product = log_sum * weight
+    return product.masked_fill_(weight == 0, 0.0) if isinstance(weight, Tensor) else product
 
 
 def weigh(log_probs: Tensor, coefficient: Tensor | None) -> None:
@@ -339,14 +350,15 @@ def _run_compiled(
     for x in tensors:
         if x is not None and x.dim() == 2:
             torch._dynamo.mark_static(x, 1)
-    kinds = tuple(None if x is None else (x.dtype, x.device.type, x.shape[1:]) for x in tensors)
+    kinds = tuple(None if x is None else (x.dtype, x.device, x.shape[1:]) for x in tensors)
     try:
-        return _compiled(kernel, kinds, **constants)(*tensors)
+        with _ONE_AT_A_TIME:
+            return _compiled(kernel, kinds, **constants)(*tensors)
     except torch._dynamo.exc.TorchDynamoException as error:
         cause = str(error).partition("\n")[0]
         raise ValueError(
             f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "
-            "install what is missing (a C++ compiler, Triton on CUDA), or leave it out."
+            "install the compiler if it is missing (C++, on CUDA Triton), or look at the error above."
         ) from error
 
 

@@ -25,6 +25,7 @@ from xent_metrics import kernels
 from xent_metrics.checks import (
     any_of,
     at_hand,
+    being_compiled,
     check_binary,
     check_linear,
     check_num_classes,
@@ -52,7 +53,6 @@ SmoothingOver = Literal["all", "others"]
 # times as long as starting a kernel.
 _BUFFER_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20
-_MANY_THREADS = 256  # Nobody has more.
 
 # Of logits that are made where they are scored, so many at once, together 64 MiB with a smaller buffer than that above.
 # Each matmul reads all of the head's weight: below 128 rows that shows, and above 512 nothing is gained any more.
@@ -393,10 +393,10 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             rest = smoothing / num_classes
             nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
             return torch.full((target.numel(),), nats, dtype=widest_float(preds.device), device=preds.device)
-        results = []
+        results = _Results(target.numel() // num_classes)
         for rows, probs, buffer, _, _ in _blocks(target, None, replace(options, input="probs", eps=None)):
-            results.append(_cut(run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing), rows))
-        return _joined(results)[0] if results else target.new_empty(0, dtype=loss_dtype(target))
+            results.add(rows, run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing))
+        return target.new_empty(0, dtype=loss_dtype(target)) if results.joined is None else results.joined[0]
 
 
 def binary_losses(
@@ -523,16 +523,16 @@ def _score_hard(
     norm = None if class_weight is None else class_weight[index]
     scored = _rows_to_score(preds, index, any_of(ignored, out_of_range))
     num_classes = preds.shape[options.class_dim]
-    smooth, results = options.smoothing(num_classes) > 0, []
+    smooth, results = options.smoothing(num_classes) > 0, _Results(len(index) if scored is None else len(scored))
     kernel = kernels.reduced if compiles(options.backend) else kernels.looked_up
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smooth": smooth}
     for rows, scores, buffer, _, _ in _blocks(preds, None, options, scored):
         tensors = scores, _of_rows(index, rows), buffer
-        results.append(_cut(run(options.backend, kernel, tensors, [class_weight], **constants), rows))
-    if not results:
+        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    if results.joined is None:
         return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), norm, ignored, out_of_range)
     of_scored = norm if norm is None or scored is None else norm[scored]
-    loss, improper = _finished(_joined(results), of_scored, class_weight, num_classes, options)
+    loss, improper = _finished(results.joined, of_scored, class_weight, num_classes, options)
     if scored is not None:  # The others were not made.
         loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
         improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
@@ -635,7 +635,8 @@ def _score_soft(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
 ) -> TargetLosses:
     """Score targets that are distributions."""
-    kernel, results = kernels.soft_reduced if compiles(options.backend) else kernels.soft, []
+    kernel = kernels.soft_reduced if compiles(options.backend) else kernels.soft
+    results = _Results(target.numel() // preds.shape[options.class_dim])
     constants: dict[str, Any] = {
         "input": options.input,
         "eps": options.eps,
@@ -644,13 +645,34 @@ def _score_soft(
     }
     for rows, scores, buffer, probs, probs_buffer in _blocks(preds, target, options):
         tensors = (scores, probs) if compiles(options.backend) else (scores, probs, buffer, probs_buffer)
-        found = run(options.backend, kernel, tensors, [class_weight], **constants)
-        results.append(_cut(found, rows))
-    if not results:
+        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    if results.joined is None:
         return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)), None, None, None)
-    joined = _joined(results)
+    joined = results.joined
     loss, out_of_range, improper = kernels.soft_resolved(*joined) if compiles(options.backend) else joined
     return TargetLosses(loss, None, None, out_of_range, improper)
+
+
+class _Results:
+    """What a kernel returns of one block after the other, in whole tensors: many small ones would litter the memory."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows, self._next = num_rows, 0
+        self.joined: Results | None = None  # Until there is a block.
+
+    def add(self, rows: Rows, results: Results) -> None:
+        """Add what was returned of the next rows."""
+        count = _number_of(rows)
+        results = tuple(None if x is None else _first(x, count) for x in results)
+        if count == self._num_rows:
+            self.joined = results
+            return
+        if self.joined is None:
+            self.joined = tuple(None if x is None else x.new_empty(self._num_rows) for x in results)
+        for whole, x in zip(self.joined, results, strict=True):
+            if x is not None:
+                whole[self._next : self._next + count] = x
+        self._next += count
 
 
 def _of_rows(values: Tensor, rows: Rows) -> Tensor:
@@ -661,17 +683,6 @@ def _of_rows(values: Tensor, rows: Rows) -> Tensor:
 def _paired(values: Tensor) -> Tensor:
     """Return numbers; two of it, if it is one alone."""
     return values.repeat(2) if len(values) == 1 else values
-
-
-def _cut(results: Results, rows: Rows) -> Results:
-    """Return what a kernel returned of the rows that there are."""
-    count = _number_of(rows)
-    return tuple(None if x is None else _first(x, count) for x in results)
-
-
-def _joined(results: list[Results]) -> Results:
-    """Join what a kernel returned of each block."""
-    return results[0] if len(results) == 1 else kernels.join(results)
 
 
 def _blocks(
@@ -721,13 +732,12 @@ def _rows_in_buffer(preds: Tensor | LinearLogits, num_bytes: int) -> int:
     if isinstance(preds, LinearLogits):
         return max(2, _LINEAR_BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
     num_rows = max(2, _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
-    # To ask for the number of threads is no part of compiled code.
-    return max(num_rows, torch.get_num_threads()) if num_rows < _MANY_THREADS and free_to_look(preds) else num_rows
+    return max(num_rows, torch.get_num_threads()) if free_to_look(preds) else num_rows
 
 
 def _all_at_once(tensors: list[Tensor]) -> bool:
     """Say whether a compiler can read the rows where they are."""
-    return torch.compiler.is_compiling() or all(x.is_contiguous() for x in tensors)
+    return being_compiled() or all(x.is_contiguous() for x in tensors)
 
 
 def _as_rows(part: Tensor, buffer: Tensor | None, readable: bool) -> Tensor:

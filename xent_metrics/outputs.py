@@ -23,7 +23,8 @@ from xent_metrics.tally import GroupTally, Tally, tally_mean
 Tallies = tuple[Tally | GroupTally, ...]
 """What is tallied side by side: everything (per token, and per byte); then the groups, if any, in the same units."""
 
-_MOST_KEPT = 2**16  # Losses, 4 bytes each.
+_MOST_LOSSES = 2**16  # That are kept, at 4 bytes each,
+_MOST_BATCHES = 64  # from so many batches, at 2 KB each.
 _FORMS = (
     '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
     '(with "labels" for "target" if you like), or {"loss": mean over targets, "num_tokens": how many}'
@@ -210,6 +211,7 @@ class Pool:
     def __init__(self, zero: Tallies) -> None:
         self._total = zero
         self._kept: list[list[TargetLosses]] = []
+        self._num_losses = 0
 
     def add(self, tallies: Tallies) -> None:
         """Add what is tallied already."""
@@ -217,23 +219,23 @@ class Pool:
 
     def keep(self, losses: list[TargetLosses]) -> None:
         """Add what `OutputReader.score` returned."""
-        losses = [kind._replace(loss=kind.loss.clone()) for kind in losses]  # Which may be the step's own memory.
-        if self._kept and (_row(self._kept[0]) != _row(losses) or self._num_kept() >= _MOST_KEPT):
+        loss = losses[0].loss.clone()  # It may be the step's own memory.
+        if self._kept and _row(self._kept[0]) != _row(losses):
             self._tally_kept()
-        self._kept.append(losses)
+        self._kept.append([kind._replace(loss=loss) for kind in losses])
+        self._num_losses += loss.numel()
+        if self._num_losses >= _MOST_LOSSES or len(self._kept) >= _MOST_BATCHES:
+            self._tally_kept()
 
     def tallies(self) -> Tallies:
         """Return the tallies of everything."""
         self._tally_kept()
         return self._total
 
-    def _num_kept(self) -> int:
-        return sum(losses[0].loss.numel() for losses in self._kept)
-
     def _tally_kept(self) -> None:
         if self._kept:
-            self.add((tally_scored([TargetLosses.join(kinds) for kinds in zip(*self._kept, strict=True)]),))
-            self._kept = []
+            kept, self._kept, self._num_losses = self._kept, [], 0
+            self.add((tally_scored([TargetLosses.join(kinds) for kinds in zip(*kept, strict=True)]),))
 
 
 def _row(losses: list[TargetLosses]) -> tuple[Any, ...]:

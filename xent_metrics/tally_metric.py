@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,8 @@ class TallyMetric(Metric):
         values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
         # Names must be the same on every rank, which the ranks of a group are not.
         num_parts = None if sequence_group is None else sequence_group.size()
-        configuration = repr((self._UPDATE, options, tuple(zero.state.shape), values, num_parts))
+        alike = replace(options, backend="auto") if options.backend == "eager" else options  # They give the same bits.
+        configuration = repr((self._UPDATE, alike, tuple(zero.state.shape), values, num_parts))
         self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
         self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
 
