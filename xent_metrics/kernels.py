@@ -287,10 +287,10 @@ def _log_probs(scores: Tensor, buffer: Tensor | None, input: Input, eps: float |
 
 def _clip(probs: Tensor, eps: float | None) -> Tensor:
     """Clip probabilities in place; return which rows had some outside [0, 1]."""
-    improper = ((probs < 0) | (probs > 1)).any(1)  # Not amin: a NaN would hide the others.
+    outside = (probs < 0).logical_or_(probs > 1)  # Not amin: a NaN would hide the others.
     if eps is not None:
         probs.clamp_(eps, 1 - eps)
-    return improper
+    return outside.any(1)
 
 
 def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -761,7 +761,7 @@ def _chosen_blocks(
         return
     num_classes, strides = scores.shape[-1], scores.stride()
     if strides[-1] != 1 or any(stride % num_classes for stride in strides[:-1]):
-        for rows in chosen.split(max_rows // 2):  # What is gathered is as large as the buffer.
+        for rows in chosen.split(max(1, max_rows // 4)):  # What is gathered comes on top of the buffer.
             yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
         return
     # Where they are in memory, which is all rows, whatever those between them belong to.
