@@ -132,6 +132,13 @@ def extremes(values: Any) -> tuple[float, float]:
     return np.minimum.reduce(values, None).item(), np.maximum.reduce(values, None).item()
 
 
+def may_hold(values: Any, number: float) -> bool:
+    """Say whether a number may be among values: a mark such as -100 is usually below all of them."""
+    if not isinstance(values, np.ndarray) or not values.size:
+        return True
+    return bool(np.minimum.reduce(values, None) <= number <= np.maximum.reduce(values, None))
+
+
 def on_host(values: Any) -> Any:
     """Copy a tensor to the host if there is anything to copy: a metric that is being made may wait for its device."""
     return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values

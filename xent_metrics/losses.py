@@ -34,6 +34,7 @@ from xent_metrics.checks import (
     free_to_look,
     is_integer,
     is_number,
+    may_hold,
     multiplied_in,
     no_graph,
     outside,
@@ -482,8 +483,7 @@ def _is_ignored(target: Tensor, options: LossOptions | BinaryOptions) -> Tensor 
         return None
     # In a wide type: a narrow one would round `ignore_index` to a target.
     exact = target.to(widest_float(target.device)) if target.is_floating_point() else target
-    low, high = extremes(at_hand(exact))
-    return exact == options.ignore_index if low <= options.ignore_index <= high else None
+    return exact == options.ignore_index if may_hold(at_hand(exact), options.ignore_index) else None
 
 
 def _outside_unit(target: Tensor, ignored: Tensor | None) -> Tensor | None:

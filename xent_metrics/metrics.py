@@ -77,10 +77,11 @@ class CrossEntropy(LossMetric):
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and
             their weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite.
         backend: `"eager"` makes the losses of a few rows at a time, in one small buffer. `"compile"` compiles that with
-            `torch.compile` when it is first needed, some seconds once for each dtype, number of classes and set of
-            options, and whatever the batch sizes; losses agree with the others' to 1e-6 and have the same bits in any
-            batch. It pays for large half-precision logits, see `docs/benchmarks.md`. `"auto"` never compiles: it is
-            `"eager"`, but for a function that you compile, of which it becomes a part that the compiler can fuse.
+            `torch.compile` when it is first needed: some seconds for each dtype, number of classes and set of options,
+            whatever the batch sizes (and again in another mode of PyTorch, such as autocast). Its losses agree with the
+            others' to a relative 1e-6 and have the same bits in any batch. What it gains is in `docs/benchmarks.md`.
+            `"auto"` never compiles: it is `"eager"`, but for a function that you compile, of which it becomes a part
+            that the compiler can fuse. Metrics of different backends have different states.
         **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`. Only ranks that hold different
             targets are to be added up: pass the data-parallel group where others hold the same targets.
 
