@@ -230,6 +230,7 @@ def _options(
         "shift": st.booleans() if shape and not losses else st.just(False),
         "unit": st.sampled_from(["nats", "bits"]),
         "nan_policy": st.sampled_from(["propagate", "omit", "raise"]),
+        "backend": st.sampled_from(["auto", "eager"]),
         "confidence": st.sampled_from([0.5, 0.95]),
         "class_weight": st.none() if losses else st.none() | _class_weights(num_classes),
         "pos_weight": st.none() | _class_weights(shape[-1] if shape else 1).map(lambda x: x if shape else x[0]),

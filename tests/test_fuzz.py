@@ -79,6 +79,7 @@ DEFAULTS: dict[str, Any] = {
     "shift": False,
     "unit": "nats",
     "nan_policy": "propagate",
+    "backend": "auto",
     "confidence": 0.95,
     "token_bytes": None,
     "pos_weight": None,
@@ -150,6 +151,7 @@ def judge_options(entry: Entry, form: Callable[..., Any], given_options: dict[st
         ("label_smoothing_over", ("all", "others")),
         ("unit", ("nats", "bits")),
         ("nan_policy", ("propagate", "omit", "raise")),
+        ("backend", ("auto", "eager")),  # To compile every example would take hours.
     ):
         need(isinstance(options[name], str) and options[name] in choices)
     need(type(options["class_dim"]) is int and type(options["shift"]) is bool)
