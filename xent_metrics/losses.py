@@ -677,12 +677,12 @@ class _Results:
 
 def _of_rows(values: Tensor, rows: Rows) -> Tensor:
     """Return what belongs to the rows of a block, of which there are two at least."""
-    return _paired(values if len(values) == _number_of(rows) else values[rows])
+    return _paired(values if values.shape[0] == _number_of(rows) else values[rows])
 
 
 def _paired(values: Tensor) -> Tensor:
     """Return numbers; two of it, if it is one alone."""
-    return values.repeat(2) if len(values) == 1 else values
+    return values.repeat(2) if values.shape[0] == 1 else values
 
 
 def _blocks(
