@@ -36,7 +36,8 @@ _LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look
 def being_compiled() -> bool:
     """Say whether this call is being compiled or exported.
 
-    `torch.compiler.is_compiling` also says so of everything that runs while another thread compiles.
+    `torch.compiler.is_compiling` also says so of everything that runs while another thread compiles. (While another
+    one exports with `strict=False`, PyTorch tells nobody which thread that is.)
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
 

@@ -32,7 +32,7 @@ _LANES = 64  # A multiple of as many numbers as any processor does at a time.
 _MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
 
 
-_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself.
+_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
 
 
 def loss_dtype(preds: Any) -> torch.dtype:
@@ -354,7 +354,7 @@ def _run_compiled(
     try:
         with _ONE_AT_A_TIME:
             return _compiled(kernel, kinds, **constants)(*tensors)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # The latter of the compiler's cache.
         cause = str(error).partition("\n")[0]
         raise ValueError(
             f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "

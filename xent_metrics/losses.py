@@ -559,7 +559,7 @@ def _rows_to_score(preds: Tensor | LinearLogits, index: Tensor, left_out: Tensor
         return None
     if left_out is None:  # Rows of `hidden` that are apart are gathered all the same, to be multiplied together.
         apart = isinstance(preds, LinearLogits) and not preds.hidden.is_contiguous()
-        return torch.arange(len(index)) if apart else None
+        return torch.arange(len(index), device=index.device) if apart else None
     scored = (~left_out).nonzero().squeeze(1)
     return scored if linear or len(scored) <= _MOST_SCORED * len(index) else None
 
@@ -765,7 +765,7 @@ def _chosen_blocks(
             yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
         return
     # Where they are in memory, which is all rows, whatever those between them belong to.
-    steps = torch.tensor([stride // num_classes for stride in strides[:-1]])
+    steps = torch.tensor([stride // num_classes for stride in strides[:-1]], device=chosen.device)
     places = (torch.stack(torch.unravel_index(chosen, scores.shape[:-1]), 1) * steps).sum(1)
     memory = scores.as_strided((int(places.max()) + 1, num_classes), (num_classes, 1))
     if buffer is None or buffer.dtype != scores.dtype:
