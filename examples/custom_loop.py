@@ -138,6 +138,8 @@ def main() -> None:
         dist.init_process_group("gloo", init_method=args.rendezvous, rank=rank, world_size=num_ranks)
     try:
         run(rank, num_ranks, args.steps, args.log_dir or f"runs/custom_loop/{num_ranks}_ranks")
+        # A rank that ends right after a collective may abort: gloo's thread still has to let go of its tensor.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
