@@ -56,7 +56,7 @@ from tests.fits import (
     second_head,
     with_all,
 )
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
@@ -279,7 +279,7 @@ def test_a_sanity_check_leaves_no_trace(tmp_path) -> None:
     trainer.fit(Model(), ragged_loader(NUM_TRAIN), ragged_loader(3))
     assert monitored(trainer, "val/") == {}
     assert not [tag for tag in logged(trainer) if tag.startswith("val/")]
-    assert math.isnan(monitor.state_dict()["best"])
+    assert math.isnan(monitor.state_dict()["best_bits_per_token"])
 
 
 def test_validation_and_test_by_themselves_are_no_part_of_a_fit(tmp_path) -> None:
@@ -306,7 +306,7 @@ def test_validation_and_test_by_themselves_are_no_part_of_a_fit(tmp_path) -> Non
     evaluate(7)
     assert_points(logged(trainer), expected.points)
     after = monitor.state_dict()
-    assert state["best"] == after["best"] == expected_best(module, 2)
+    assert state["best_bits_per_token"] == after["best_bits_per_token"] == expected_best(module, 2)
     for name in ("earlier", "epoch"):
         assert all(map(torch.equal, state[name], after[name]))
 
@@ -450,7 +450,7 @@ def test_another_fit_begins_with_no_best(tmp_path) -> None:
         ragged_loader(2),
         ragged_loader(2),
     )
-    assert monitor.state_dict()["best"] == 0
+    assert monitor.state_dict()["best_bits_per_token"] == 0
     module, trainer = Model(), make_trainer(tmp_path, monitor, max_epochs=1)
     trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
     assert monitored(trainer)["val/best_bits_per_token"] == expected_best(module, 0)
@@ -481,7 +481,9 @@ def test_two_monitors_read_two_heads(tmp_path) -> None:
     again = [CrossEntropyMonitor(second_head, prefix="b/"), CrossEntropyMonitor()]
     trainer = make_trainer(tmp_path / "again", *again, max_epochs=1)
     trainer.fit(Model(adapt=with_all), ragged_loader(NUM_TRAIN), ragged_loader(3), ckpt_path=tmp_path / "both.ckpt")
-    assert again[0].state_dict()["best"] == pytest.approx(3 * again[1].state_dict()["best"])
+    assert again[0].state_dict()["best_bits_per_token"] == pytest.approx(
+        3 * again[1].state_dict()["best_bits_per_token"]
+    )
 
 
 def test_two_monitors_of_one_prefix_are_refused(tmp_path) -> None:
@@ -1216,7 +1218,7 @@ def write_config(tmp_path: Path, callbacks: list[dict[str, Any]], model: dict[st
 
 def described(**init_args: Any) -> dict[str, Any]:
     """Return what a configuration says of the monitor."""
-    return {"class_path": "xent_metrics.callback.CrossEntropyMonitor", "init_args": init_args}
+    return {"class_path": "xent_metrics.lightning.CrossEntropyMonitor", "init_args": init_args}
 
 
 ARGUMENTS = {
@@ -1278,7 +1280,7 @@ def test_no_index_may_be_ignored(tmp_path) -> None:
 def test_the_monitor_is_appended_on_the_command_line(tmp_path) -> None:
     """`callbacks+=` adds to those of a configuration."""
     config = write_config(tmp_path, [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}])
-    added = "--trainer.callbacks+=xent_metrics.callback.CrossEntropyMonitor"
+    added = "--trainer.callbacks+=xent_metrics.lightning.CrossEntropyMonitor"
     trainer = run_cli(tmp_path, config, added, "--trainer.callbacks.nan_policy=omit").trainer
     [monitor] = [callback for callback in trainer.callbacks if isinstance(callback, CrossEntropyMonitor)]
     assert monitor.nan_policy == "omit"
