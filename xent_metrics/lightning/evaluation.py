@@ -44,12 +44,13 @@ class Evaluation:
         drawn = self._repeated.find(loaders, self._stage, batch_idx, dataloader_idx)
         read = self._reader.read(self._step, outputs, batch)
         if drawn is not None:
-            if isinstance(read, StepOutputs):
+            if isinstance(read, StepOutputs):  # A mean cannot be taken apart.
                 read, num_repeated = self._repeated.leave_out(read, drawn)
                 if self.stats:
                     self.stats.leave_out(num_repeated)
             else:
                 self._repeated.warn(f"{self._step} returns means")
+        # Losses are computed once, for the tallies and for the statistics.
         scored = self._pools[dataloader_idx].add_outputs(self._reader, read)
         if self.stats and scored and isinstance(read, StepOutputs):
             self.stats.add(scored.loss, scored.is_scored, *self._reader.classes(read))

@@ -156,6 +156,7 @@ class CrossEntropyMonitor(Callback):
         if decode is not None and not callable(decode):
             raise TypeError(f"`decode` must turn a list of one token into text, got {decode!r}; pass tokenizer.decode.")
         self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
+        # What tells states of several monitors apart. Options that change no tally are left out.
         self._configuration = {
             "class_dim": class_dim,
             "ignore_index": ignore_index,
@@ -211,7 +212,7 @@ class CrossEntropyMonitor(Callback):
         self._outputs.to(trainer.strategy.root_device)
         self._group = data_parallel_group(trainer)
         self._dashboards.attach(trainer.loggers, trainer.is_global_zero)
-        if stage == "fit":
+        if stage == "fit":  # Lightning loads the state of a checkpoint after this.
             self._reset()
         elif stage == "validate":
             self._dashboards.reset()  # It may be of other data, or of another trainer.

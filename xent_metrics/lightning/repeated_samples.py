@@ -37,7 +37,7 @@ class RepeatedSamples:
             self.warn(f"the {stage} loader has {own}")
             return None
         if sampler.total_size <= len(sampler.dataset):  # type: ignore[arg-type]
-            return None
+            return None  # It divides evenly, or drops the rest.
         start = batch_idx * batch_size
         num_samples = min(batch_size, len(sampler) - start)
         return DrawnSamples(num_samples, unrepeated(sampler, start, num_samples))
@@ -45,8 +45,10 @@ class RepeatedSamples:
     def leave_out(self, outputs: StepOutputs, drawn: DrawnSamples) -> tuple[StepOutputs, int]:
         """Return the outputs without repeated samples, and how many those were."""
         if not outputs.target.shape[:1] == outputs.preds.shape[:1] == (drawn.num_samples,):
+            # Such as targets that were flattened: which of them are of a repeated sample is unknown.
             self.warn("targets do not have a row for each sample")
             return outputs, 0
+        # A sampler puts the samples that it repeats at the end of each rank's share.
         return outputs.first(drawn.num_kept), drawn.num_samples - drawn.num_kept
 
     def warn(self, reason: str) -> None:

@@ -86,15 +86,14 @@ class ScoredBatch(NamedTuple):
         return [self.per_token] if self.per_byte is None else [self.per_token, self.per_byte]
 
     def copy(self) -> ScoredBatch:
-        """Return the batch with losses in memory of their own: a step may write those of every batch to one place."""
+        """Return the batch with losses in memory of their own."""
+        # A compiled step may write the losses of every batch to the same memory. The rest is made anew for each batch.
         loss = self.loss.clone()
         return ScoredBatch(*(None if part is None else part._replace(loss=loss) for part in self))  # type: ignore[arg-type]
 
-    def joins(self, other: ScoredBatch) -> bool:
-        """Return whether both batches have sequences of one length, on one device and in one dtype."""
-        return self._joined_by() == other._joined_by()
-
-    def _joined_by(self) -> tuple[Any, ...]:
+    @property
+    def row_type(self) -> tuple[int, torch.dtype, torch.device]:
+        """Length, dtype and device of a sequence; batches in which they are equal can be tallied together."""
         return self.loss.shape[1], self.loss.dtype, self.loss.device
 
 
@@ -156,7 +155,7 @@ class OutputReader:
                     group = self._as_group(group, target, options) if self.groups else None
                     return StepOutputs(form[kind], target, group, options)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
-                self.reads_means = True
+                self.reads_means = True  # There will be no intervals.
                 return _as_mean(step, form["loss"], form["num_tokens"])
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         raise ValueError(
@@ -189,7 +188,7 @@ class OutputReader:
 
     @staticmethod
     def tally_joined(batches: Sequence[ScoredBatch]) -> Tallies:
-        """Tally batches without groups, all at once; each must join the first."""
+        """Tally batches of one row type, without groups, all at once."""
         parts = zip(*(batch.parts() for batch in batches), strict=True)
         return (tally_scored([TargetLosses.join(part) for part in parts]),)
 

@@ -20,8 +20,8 @@ _MAX_BATCHES = 64  # from so many batches, at 2 KB each.
 STATE_VERSION = 1
 """Changes whenever a saved state gets another meaning."""
 
-_NAMES = ("reduced_not_logged", "epoch", "run_total")
-_NAMES_IN_0_1_0 = dict(zip(_NAMES, ("earlier", "epoch", "seen"), strict=True))
+# What is saved, and what release 0.1.0 called it, whose states have no version.
+_NAMES = {"reduced_not_logged": "earlier", "epoch": "epoch", "run_total": "seen"}
 
 
 def add_tallies(*several: Tallies) -> Tallies:
@@ -53,7 +53,7 @@ class Pool:
 
     def keep(self, batch: ScoredBatch) -> None:
         """Add the losses of a batch, to be tallied later."""
-        if self._kept and not self._kept[0].joins(batch):
+        if self._kept and self._kept[0].row_type != batch.row_type:
             self._tally_kept()
         self._kept.append(batch.copy())
         self._num_losses += batch.loss.numel()
@@ -115,6 +115,7 @@ class RunTallies:
         [window] = sum_over_ranks([self.window.tallies()], group)
         self._add(window)
         self.window = Pool(self._zero)
+        # What an epoch or a checkpoint has reduced before it was logged belongs to the window that is logged next.
         return self._reduced_not_logged
 
     def mark_logged(self) -> None:
@@ -169,10 +170,10 @@ class RunTallies:
 
 
 def _converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a state as this version saves it; raise ValueError if it is none of a version that is known."""
+    """Return a state as this version saves it; raise ValueError if its version is unknown or if parts are missing."""
     version = state_dict.get("version")
-    if version is None and {*_NAMES_IN_0_1_0.values(), "best"} <= state_dict.keys():  # Version 0.1.0 saved none.
-        tallies = {name: state_dict[old] for name, old in _NAMES_IN_0_1_0.items()}
+    if version is None and {*_NAMES.values(), "best"} <= state_dict.keys():
+        tallies = {name: state_dict[old] for name, old in _NAMES.items()}
         return {"tallies": tallies, "best_bits_per_token": state_dict["best"]}
     if version != STATE_VERSION:
         raise ValueError(

@@ -16,6 +16,7 @@ _DEFINITIONS = {
     "perplexity": "`exp` of the cross-entropy in nats: the **number** of equally likely choices that would be as "
     "surprising. Lower is better; 1 is certain and right.",
 }
+# These are read of several validations or of their targets, so nothing is said of what is pooled.
 _OF_VALIDATIONS = {
     BEST: "The lowest `bits_per_token` of all validations of this run so far, in **bits**.",
     UNIFORM: "A line to compare with: `log2` of the number of classes, in **bits**. A model that knows nothing is "
@@ -39,6 +40,7 @@ def describe_tag(tag: str, prefix: str = "") -> str | None:
     >>> describe_tag("val/best_bits_per_token")
     'The lowest `bits_per_token` of all validations of this run so far, in **bits**.'
     """
+    # A reading is matched lazily, so that `_epoch` and the ends of an interval are no part of its name.
     found = re.fullmatch(r"(train|val|test)/([a-z_]+?)(_epoch|_lower|_upper)?(?:/(.+))?", tag.removeprefix(prefix))
     if not found or not tag.startswith(prefix):
         return None
