@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import Operators
-from tests.test_compile import FORMS, Form
+from tests.metrics.test_traced import FORMS, Form
 from xent_metrics import CrossEntropy, CrossEntropyReport, Tally, functional
 
 K = 5

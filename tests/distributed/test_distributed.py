@@ -27,7 +27,7 @@ from torch.utils.data import DistributedSampler
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from tests.ranks import Collective, Collectives, run_ranks
+from tests.distributed.ranks import Collective, Collectives, run_ranks
 from tests.strategies import UNIT, tally_of
 from xent_metrics import (
     BinaryCrossEntropy,

@@ -35,7 +35,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from tests.conftest import Operators
-from tests.fits import (
+from tests.lightning.fits import (
     IGNORED,
     NUM_TRAIN,
     Data,
@@ -1226,7 +1226,7 @@ ARGUMENTS = {
     "groups": {"groups": ["even", "odd"]},
     "list": {"token_bytes": NUM_BYTES},
     "file": {"token_bytes": "bytes.pt", "groups": ["even", "odd"]},
-    "extract": {"extract": "tests.fits.second_head"},
+    "extract": {"extract": "tests.lightning.fits.second_head"},
     "shift": {"shift": True},
     "backend": {"backend": "eager"},
 }
@@ -1241,7 +1241,7 @@ def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     torch.save(torch.tensor(NUM_BYTES), "bytes.pt")
     given = ARGUMENTS[arguments]
-    model = {"adapt": "tests.fits.with_all"}
+    model = {"adapt": "tests.lightning.fits.with_all"}
     first = run_cli(tmp_path / "first", write_config(tmp_path, [described(**given)], model), package=package)
     folder = Path(first.trainer.logger.log_dir)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -1288,9 +1288,10 @@ def test_the_monitor_is_appended_on_the_command_line(tmp_path) -> None:
 
 def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
     """`callbacks+` in a second configuration adds one with another prefix."""
-    config = write_config(tmp_path, [described()], {"adapt": "tests.fits.with_all"})
+    config = write_config(tmp_path, [described()], {"adapt": "tests.lightning.fits.with_all"})
     more = tmp_path / "more.yaml"
-    more.write_text(json.dumps({"trainer": {"callbacks+": described(extract="tests.fits.second_head", prefix="b/")}}))
+    second = described(extract="tests.lightning.fits.second_head", prefix="b/")
+    more.write_text(json.dumps({"trainer": {"callbacks+": second}}))
     trainer = run_cli(tmp_path, config, f"--config={more}").trainer
     seen = monitored(trainer)
     assert seen["b/val/cross_entropy"] == pytest.approx(3 * seen["val/cross_entropy"], rel=1e-6)
@@ -1303,7 +1304,7 @@ def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
         ({"nan_polici": "omit"}, "(?s)nan_polici"),
         ({"backend": "inductor"}, "(?s)backend.*'auto'.*'eager'.*'compile'.*inductor"),
         ({"groups": "even"}, "(?s)groups.*even"),
-        ({"extract": "tests.fits.no_such_function"}, "(?s)extract.*no_such_function"),
+        ({"extract": "tests.lightning.fits.no_such_function"}, "(?s)extract.*no_such_function"),
         ({"confidence": "high"}, "(?s)confidence.*high"),
         ({"token_bytes": [1, "x"]}, "(?s)token_bytes.*x"),
     ],
