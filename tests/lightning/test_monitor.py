@@ -636,14 +636,7 @@ def test_a_target_out_of_range_stops_the_run(tmp_path, stage) -> None:
         run(module, ragged_loader(3))
 
 
-@pytest.fixture(name="deferred")
-def _deferred(monkeypatch) -> None:
-    """Let bad values on the CPU be counted, as they are on an accelerator."""
-    for module in ("checks", "batch", "losses"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
-
-
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize(("stage", "seen"), [("train", 4), ("val", 3), ("test", 3)])
 def test_an_accelerator_is_not_asked_until_a_log_point(tmp_path, stage, seen) -> None:
     """There a target out of range raises where it would be logged: at the log point, or at the end of the epoch."""
@@ -1103,7 +1096,7 @@ def host_copies(tmp_path: Path, module: Model, *callbacks: Callback) -> list[Cou
     return at_starts
 
 
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("form", ["losses", "logits", "mean"])
 def test_windows_cost_no_more_host_copies_than_logging_the_loss(tmp_path, form) -> None:
     """None between log points, and one at each, for all values together: that of a scalar that is logged."""
