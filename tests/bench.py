@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.text import Perplexity
 
 from tests.conftest import allocator_peak
-from tests.ranks import Collectives, run_ranks
+from tests.distributed.ranks import Collectives, run_ranks
 from xent_metrics import CrossEntropy, CrossEntropyReport, LinearLogits
 
 ROOT = Path(__file__).parents[1]

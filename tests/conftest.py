@@ -25,6 +25,27 @@ def _one_thread_and_one_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# Where the library asks whether it may read the values of a tensor: all of these, and no other.
+_ASKS = tuple(f"xent_metrics.{module}.free_to_look" for module in ("checks", "batch", "losses", "functional"))
+
+
+@pytest.fixture(name="hide_values")
+def _hide_values(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Hide, from the moment it is called, the values of every tensor, as those on an accelerator are hidden."""
+
+    def hide() -> None:
+        for name in _ASKS:
+            monkeypatch.setattr(name, lambda _: False)
+
+    return hide
+
+
+@pytest.fixture(name="hidden_values")
+def _hidden_values(hide_values: Callable[[], None]) -> None:
+    """Hide the values of every tensor from the library, as on an accelerator: bad ones are counted, nothing waits."""
+    hide_values()
+
+
 class Operators(TorchDispatchMode):
     """Records each operator that PyTorch runs, and the types of device that its tensors are on."""
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
 import math
-import multiprocessing
 import os
-import pickle
 import signal
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from tests.distributed.ranks import run_ranks as run_world
 from xent_metrics import CrossEntropyReport
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.tally import STATE_SIZE, Tally
@@ -48,60 +44,8 @@ COLLECTIVES = (
 )  # fmt: skip
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, tmp_path: Path, timeout: float = 90.0
-) -> list[Any]:
-    """Call a function on each of several new processes that form one world; return what each rank returned.
-
-    Raises:
-        RuntimeError: If a rank does not return in time, with what every rank printed and where it was.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "pytorch_lightning", "torch.utils.tensorboard"])
-    folder = tmp_path / f"world-{time.monotonic_ns()}"
-    folder.mkdir(parents=True)
-    ranks = [
-        context.Process(target=_be_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)
-        for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + timeout
-    while any(process.exitcode is None for process in ranks) and time.monotonic() < deadline:
-        if any(process.exitcode for process in ranks):
-            deadline = min(deadline, time.monotonic() + 10)  # The others may wait for the one that is gone.
-        time.sleep(0.02)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-        process.join()
-    if any(codes) or None in codes:
-        logs = "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.log').read_text()}" for rank in range(world_size))
-        raise RuntimeError(f"Ranks ended with {codes} (None: not in {timeout} s).\n{logs}")
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
-
-
-def _be_rank(rank: int, world_size: int, folder: Path, timeout: float, function: Callable[..., Any], args: Any) -> None:
-    log = os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    faulthandler.dump_traceback_later(timeout - 2, file=log)
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'rendezvous'}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-    )
-    try:
-        assert torch.distributed.get_world_size() == world_size
-        result = function(*args)
-        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(result))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+# Where a run fails on one rank, or Lightning says goodbye, nobody waits for the others.
+run_ranks = partial(run_world, timeout=90.0, rank_first=False, together=False)
 
 
 # What runs on the ranks.
@@ -718,7 +662,7 @@ def killed(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path
     """A run that was never killed, and one that was."""
     world_size, folder = request.param, tmp_path_factory.mktemp("killed")
     ranks = run_ranks(world_size, train, folder / "whole", tmp_path=folder)
-    with pytest.raises(RuntimeError, match=r"Ranks ended with \[-9"):
+    with pytest.raises(AssertionError, match=r"exit codes of the ranks: \[-9"):
         run_ranks(world_size, train, folder / "killed", None, True, tmp_path=folder)
     newest = max((folder / "killed" / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert newest == at_step(folder / "killed", LAST[world_size])

@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from tests.fits import (
+from tests.lightning.fits import (
     NUM_TRAIN,
     Expected,
     Model,

@@ -26,13 +26,6 @@ def operators_of(call: Callable[[], object], operators: Operators) -> int:
     return sum(not name.startswith(VIEWS) for name in names)
 
 
-@pytest.fixture(name="_elsewhere")
-def _on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Look at no value, as on an accelerator."""
-    for module in ("checks", "batch"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
-
-
 def test_update_of_a_small_batch(operators: Operators) -> None:
     """The losses are two operators, and what is then done to a few numbers is not PyTorch's work."""
     report = CrossEntropyReport()
@@ -47,7 +40,7 @@ def test_forward_of_a_small_batch(operators: Operators) -> None:
     assert operators_of(lambda: report(*BATCH), operators) <= 7
 
 
-@pytest.mark.usefixtures("_elsewhere")
+@pytest.mark.usefixtures("hidden_values")
 def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     """On an accelerator, where each operator is a kernel to start, there are some more."""
     report = CrossEntropyReport()

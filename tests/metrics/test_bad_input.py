@@ -38,7 +38,7 @@ from xent_metrics import (
     functional,
 )
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 SECTION = README.split("## What happens to bad input")[1].split("\n## ")[0]
 ROWS = [line.removeprefix("| ").split(" | ")[0] for line in SECTION.splitlines() if line.startswith("| ")][1:]
 
@@ -119,13 +119,6 @@ def row(*cells: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return claim
 
 
-@pytest.fixture(name="deferred")
-def _deferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let bad values on the CPU be counted, as they are on an accelerator."""
-    for module in ("checks", "batch"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
-
-
 def make_batch(name: str, form: str = "logits", soft: bool = False) -> Batch:
     """Make a good batch of 2 by 3 targets, with everything that any metric takes."""
     shape = (2, 3) if KINDS[name].binary or form == "losses" else (2, 3, K)
@@ -171,7 +164,7 @@ def raised(error: type[Exception] | tuple[type[Exception], ...], call: Callable[
     with pytest.raises(error) as caught:
         call()
     last = traceback.extract_tb(caught.value.__traceback__)[-1]
-    assert Path(last.filename).parent == Path(xent_metrics.__file__).parent
+    assert Path(xent_metrics.__file__).parent in Path(last.filename).parents
     assert (last.line or "").startswith("raise")
     message = str(caught.value)
     assert re.match(r"`\w+(='\w+')?`", message), message
@@ -299,7 +292,7 @@ def test_a_bad_value_raises_in_functions(case: Case, name: str) -> None:
 
 
 @row(*ALL_VALUES)
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize(("case", "name"), VALUES)
 def test_a_bad_value_is_counted_elsewhere(case: Case, name: str) -> None:
     """On an accelerator the batch reads NaN, and `compute` raises with the count, again and again until a reset."""
@@ -323,14 +316,14 @@ def test_a_bad_value_is_counted_elsewhere(case: Case, name: str) -> None:
 @pytest.mark.parametrize("weight", [torch.bool, torch.float32])
 @pytest.mark.parametrize(("case", "name"), [param for param in VALUES if param.values[0].argument != "weight"])
 def test_a_bad_value_that_is_masked_is_not_looked_at(
-    case: Case, name: str, weight: torch.dtype, request: pytest.FixtureRequest
+    case: Case, name: str, weight: torch.dtype, hide_values: Callable[[], None]
 ) -> None:
     """Where a target is not scored, neither it nor its predictions nor its group matter, on any device."""
     mask = ones().to(weight)
     mask[SPOT] = 0
     for deferred in (False, True):
         if deferred:
-            request.getfixturevalue("deferred")
+            hide_values()
         metric, expected = KINDS[name].make(**case.options), KINDS[name].make(**case.options)
         value = metric(**KINDS[name].chosen({**case.bad(name), "weight": mask}))
         assert bits(value) == bits(expected(**KINDS[name].chosen({**case.good(name), "weight": mask})))
@@ -353,7 +346,7 @@ def test_a_bad_weight_of_an_ignored_target_is_not_looked_at(name: str) -> None:
 
 
 @row(A_WEIGHT)
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("smoothing", [0.0, 0.25])
 def test_a_bad_weight_of_a_class_without_weight_is_counted(smoothing: float) -> None:
     """A negative weight is one even where the class weight is 0, so that their product is no negative number."""
@@ -570,7 +563,7 @@ def test_no_warning_of_binary_scores_without_cause(form: str, preds: Tensor) -> 
 
 
 @row(WARNED)
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @each_kind
 def test_no_warning_where_a_look_is_not_free(name: str) -> None:
     """On an accelerator nothing is looked at."""
@@ -1102,14 +1095,14 @@ def test_bad_tables_of_bytes(metric_class: Any, table: Any, error: type[Exceptio
 @each_call
 @pytest.mark.parametrize("length", [0, 1])
 @pytest.mark.parametrize("name", ["BitsPerByte(token_bytes)", "CrossEntropyReport(token_bytes)"])
-def test_token_ids_beyond_the_table(name: str, length: int, call: str, request: pytest.FixtureRequest) -> None:
+def test_token_ids_beyond_the_table(name: str, length: int, call: str, hide_values: Callable[[], None]) -> None:
     """An id that the table does not reach is out of range, also for a table without entries."""
     metric = KINDS[name].make(token_bytes=TABLE[:length])
     batch = KINDS[name].chosen(make_batch(name))
     message = raised(ValueError, lambda: getattr(metric, call)(**batch))
     assert re.match(rf"`target` must hold class indices in \[0, {length}\) .* got {6 - 3 * length} that", message)
     assert metric.update_count == metric.tally.state.abs().sum() == 0
-    request.getfixturevalue("deferred")
+    hide_values()
     assert all(map(math.isnan, numbers(metric(**batch))))
     assert f"{6 - 3 * length} targets were outside" in raised(ValueError, metric.compute)
 
@@ -1206,7 +1199,7 @@ def test_losses_that_are_not_finite(name: str, form: str, bad: float, spot: int 
     ("name", "form", "bad", "spot", "loss"), [param for param in LOSSES if param.values[0] in FUNCTIONS]
 )
 def test_losses_that_are_not_finite_in_functions(
-    name: str, form: str, bad: float, spot: int | None, loss: float, request: pytest.FixtureRequest
+    name: str, form: str, bad: float, spot: int | None, loss: float, hide_values: Callable[[], None]
 ) -> None:
     """The functions read the same; `raise` raises at once on the CPU and reads NaN elsewhere."""
     kind = KINDS[name]
@@ -1220,7 +1213,7 @@ def test_losses_that_are_not_finite_in_functions(
     loss = expected_loss(name, loss, bad, spot)
     loss = math.exp(loss) if name == "Perplexity" else loss
     assert main(call(batch, "propagate"))[name.startswith("Grouped")] == pytest.approx(loss, nan_ok=True)
-    request.getfixturevalue("deferred")
+    hide_values()
     assert all(map(math.isnan, numbers(call(batch, "raise"))))
 
 

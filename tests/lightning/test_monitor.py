@@ -35,7 +35,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from tests.conftest import Operators
-from tests.fits import (
+from tests.lightning.fits import (
     IGNORED,
     NUM_TRAIN,
     Data,
@@ -694,14 +694,7 @@ def test_a_target_out_of_range_stops_the_run(tmp_path, stage) -> None:
         run(module, ragged_loader(3))
 
 
-@pytest.fixture(name="deferred")
-def _deferred(monkeypatch) -> None:
-    """Let bad values on the CPU be counted, as they are on an accelerator."""
-    for module in ("checks", "batch", "losses"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
-
-
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize(("stage", "seen"), [("train", 4), ("val", 3), ("test", 3)])
 def test_an_accelerator_is_not_asked_until_a_log_point(tmp_path, stage, seen) -> None:
     """There a target out of range raises where it would be logged: at the log point, or at the end of the epoch."""
@@ -1161,7 +1154,7 @@ def host_copies(tmp_path: Path, module: Model, *callbacks: Callback) -> list[Cou
     return at_starts
 
 
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("form", ["losses", "logits", "mean"])
 def test_windows_cost_no_more_host_copies_than_logging_the_loss(tmp_path, form) -> None:
     """None between log points, and one at each, for all values together: that of a scalar that is logged."""
@@ -1284,7 +1277,7 @@ ARGUMENTS = {
     "groups": {"groups": ["even", "odd"]},
     "list": {"token_bytes": NUM_BYTES},
     "file": {"token_bytes": "bytes.pt", "groups": ["even", "odd"]},
-    "extract": {"extract": "tests.fits.second_head"},
+    "extract": {"extract": "tests.lightning.fits.second_head"},
     "shift": {"shift": True},
     "backend": {"backend": "eager"},
 }
@@ -1299,7 +1292,7 @@ def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     torch.save(torch.tensor(NUM_BYTES), "bytes.pt")
     given = ARGUMENTS[arguments]
-    model = {"adapt": "tests.fits.with_all"}
+    model = {"adapt": "tests.lightning.fits.with_all"}
     first = run_cli(tmp_path / "first", write_config(tmp_path, [described(**given)], model), package=package)
     folder = Path(first.trainer.logger.log_dir)
     saved = yaml.safe_load((folder / "config.yaml").read_text())
@@ -1346,9 +1339,10 @@ def test_the_monitor_is_appended_on_the_command_line(tmp_path) -> None:
 
 def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
     """`callbacks+` in a second configuration adds one with another prefix."""
-    config = write_config(tmp_path, [described()], {"adapt": "tests.fits.with_all"})
+    config = write_config(tmp_path, [described()], {"adapt": "tests.lightning.fits.with_all"})
     more = tmp_path / "more.yaml"
-    more.write_text(json.dumps({"trainer": {"callbacks+": described(extract="tests.fits.second_head", prefix="b/")}}))
+    second = described(extract="tests.lightning.fits.second_head", prefix="b/")
+    more.write_text(json.dumps({"trainer": {"callbacks+": second}}))
     trainer = run_cli(tmp_path, config, f"--config={more}").trainer
     seen = monitored(trainer)
     assert seen["b/val/cross_entropy"] == pytest.approx(3 * seen["val/cross_entropy"], rel=1e-6)
@@ -1361,7 +1355,7 @@ def test_two_monitors_come_from_one_configuration(tmp_path) -> None:
         ({"nan_polici": "omit"}, "(?s)nan_polici"),
         ({"backend": "inductor"}, "(?s)backend.*'auto'.*'eager'.*'compile'.*inductor"),
         ({"groups": "even"}, "(?s)groups.*even"),
-        ({"extract": "tests.fits.no_such_function"}, "(?s)extract.*no_such_function"),
+        ({"extract": "tests.lightning.fits.no_such_function"}, "(?s)extract.*no_such_function"),
         ({"confidence": "high"}, "(?s)confidence.*high"),
         ({"token_bytes": [1, "x"]}, "(?s)token_bytes.*x"),
     ],

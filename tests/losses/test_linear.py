@@ -22,7 +22,7 @@ from torchmetrics import MetricCollection
 import xent_metrics
 from tests.cases import CASES, GROUPS, TOKEN_BYTES, Batch, Case, make_batches, numbers
 from tests.conftest import Operators
-from tests.test_losses import FLOATS, judge, tolerance
+from tests.losses.test_dense import FLOATS, judge, tolerance
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyDifference, LinearLogits, Perplexity, functional
 from xent_metrics.functional import cross_entropy, per_target_losses
 from xent_metrics.lightning import CrossEntropyMonitor
@@ -61,13 +61,6 @@ class Matmuls(TorchDispatchMode):
             self.rows.append(result.shape[:-1].numel())
             self.buffers.add(result.data_ptr())
         return result
-
-
-@pytest.fixture(name="accelerator")
-def _accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing be looked at on the CPU, as on an accelerator."""
-    for module in ("checks", "batch", "losses"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
 
 
 def make_head(dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +192,7 @@ def test_many_parts_agree_with_one_matmul(bias: bool) -> None:
         assert cross_entropy(preds, labels, shift=shift).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.usefixtures("accelerator")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("layout", HIDDEN)
 def test_values_where_nothing_is_looked_at(layout: str) -> None:
     """Elsewhere all rows are multiplied, and the ignored ones still count for nothing."""
@@ -339,8 +332,9 @@ def test_shifted_rows_are_not_multiplied() -> None:
     assert len(matmuls.rows) == 2
 
 
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("soft", [False, True])
-def test_all_rows_are_multiplied_where_nothing_is_looked_at(soft: bool, accelerator: None) -> None:
+def test_all_rows_are_multiplied_where_nothing_is_looked_at(soft: bool) -> None:
     """What only the host could leave out is computed, once."""
     hidden = torch.randn(4, 256, D)
     target = make_target(hidden.shape[:-1], soft, 0.5)

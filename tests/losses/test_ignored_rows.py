@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import Operators
-from tests.test_losses import FLOATS, hexadecimal, judge, tolerance
+from tests.losses.test_dense import FLOATS, hexadecimal, judge, tolerance
 from xent_metrics import CrossEntropy, CrossEntropyReport, losses
 from xent_metrics.functional import cross_entropy, per_target_losses
 from xent_metrics.tally import COUNTS, NUM_SUM_LIMBS

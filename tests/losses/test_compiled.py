@@ -31,7 +31,7 @@ from torchmetrics import Metric, MetricCollection
 import xent_metrics
 from tests import reference
 from tests.cases import CASES, CLASS_WEIGHT, Batch, Case, K, bits, metric_classes, numbers
-from tests.fits import Model, ragged_loader
+from tests.lightning.fits import Model, ragged_loader
 from xent_metrics import (
     BinaryCrossEntropy,
     CrossEntropy,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from fractions import Fraction
@@ -24,10 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DistributedSampler
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from tests.ranks import Collective, Collectives, run_ranks
+from tests.cases import CASES, GROUPS, TOKEN_BYTES, Case, K
+from tests.distributed.ranks import Collective, Collectives, run_ranks
 from tests.strategies import UNIT, tally_of
 from xent_metrics import (
     BinaryCrossEntropy,
@@ -51,13 +52,8 @@ from xent_metrics.tally import COUNTS, GROUP_SIZE, STATE_SIZE, tally_mean
 if TYPE_CHECKING:
     from pathlib import Path
 
-K = 11
-NUM_ROWS, LENGTH, NUM_GROUPS = 24, 5, 3
-WORLDS = (1, 2, 3, 4, 8)
+NUM_ROWS, LENGTH, NUM_GROUPS = 24, 5, GROUPS
 DTYPES = (torch.float32, torch.bfloat16)
-SPLITS = ("even", "uneven", "one empty")
-TOKEN_BYTES = torch.arange(K) % 4
-CLASS_WEIGHT = torch.linspace(0, 3, K)
 
 distributed = pytest.mark.distributed
 
@@ -80,46 +76,45 @@ class Data(NamedTuple):
         return Data(*(x[index] for x in self))
 
 
-# Each metric, and what its update takes.
-METRICS: dict[str, tuple[Callable[..., Metric], tuple[str, ...]]] = {
-    "report": (CrossEntropyReport, ("logits", "target")),
-    "weighted report": (
-        lambda **kwargs: CrossEntropyReport(token_bytes=TOKEN_BYTES, **kwargs),
-        ("logits", "target", "weight"),
-    ),
-    "smoothed": (
-        lambda **kwargs: CrossEntropy(label_smoothing=0.1, class_weight=CLASS_WEIGHT, **kwargs),
-        ("logits", "target", "weight"),
-    ),
-    "soft": (CrossEntropy, ("logits", "soft")),
-    "bits per token": (BitsPerToken, ("logits", "target")),
-    "perplexity": (Perplexity, ("logits", "target", "weight")),
-    "bits per byte": (
-        lambda **kwargs: BitsPerByte(token_bytes=TOKEN_BYTES, **kwargs),
-        ("logits", "target"),
-    ),
-    "bits per given byte": (BitsPerByte, ("logits", "target", "num_bytes")),
-    "grouped": (
-        lambda **kwargs: GroupedCrossEntropy(NUM_GROUPS, **kwargs),
-        ("logits", "target", "group", "weight"),
-    ),
-    "binary": (BinaryCrossEntropy, ("score", "label", "weight")),
-    "decomposition": (
-        lambda **kwargs: CrossEntropyDecomposition(label_smoothing=0.1, **kwargs),
-        ("logits", "soft", "weight"),
-    ),
-    "difference": (CrossEntropyDifference, ("logits", "other", "target", "weight")),
-    "normalized": (lambda **kwargs: NormalizedCrossEntropy(K, **kwargs), ("logits", "target", "weight")),
-}
+def fields_of(case: Case) -> dict[str, str]:
+    """Say which field of the data each argument of an update is; every other metric has weights."""
+    binary = case.data.get("target", "").startswith("binary")
+    weighed = [*CASES.values()].index(case) % 2
+    fields = {
+        "preds": "score" if binary else "logits",
+        "preds_a": "logits",
+        "preds_b": "other",
+        "target": "label" if binary else "soft" if case.data.get("target") == "soft" else "target",
+        "group": "group",
+        "num_bytes": "num_bytes" if case.data.get("extra") else "",
+        "weight": "weight" if weighed else "",
+    }
+    names = inspect.signature(case.metric_class.update).parameters
+    return {name: fields[name] for name in names if fields.get(name)}
 
-# Numbers of a state; each is 8 bytes.
-STATE_SIZES = {
-    **dict.fromkeys(METRICS, STATE_SIZE),
-    "weighted report": 2 * STATE_SIZE,
-    "decomposition": 3 * STATE_SIZE,
-    "grouped": GROUP_SIZE * (NUM_GROUPS + 1),
-    "normalized": GROUP_SIZE * (K + 1),
-}
+
+def fits(case: Case) -> bool:
+    """Say whether a metric takes the data as they are: logits with classes last, of which -100 is ignored."""
+    options = case.options
+    return not ({"class_dim", "shift", "input", "pos_weight"} & set(options) or options.get("ignore_index") == 2) and (
+        case.data.get("extra") != "number"
+    )
+
+
+# Each metric of the registry that takes these data, and what its update takes.
+METRICS = {name: (case.metric, fields_of(case)) for name, case in CASES.items() if fits(case)}
+
+
+def state_size(case: Case) -> int:
+    """Return how many numbers a state has; each is 8 bytes."""
+    if "num_groups" in case.options or "num_classes" in case.options:
+        return GROUP_SIZE * (case.options.get("num_groups", K) + 1)
+    if case.metric_class is CrossEntropyDecomposition:
+        return 3 * STATE_SIZE
+    return STATE_SIZE * (2 if case.metric_class is CrossEntropyReport and "token_bytes" in case.options else 1)
+
+
+STATE_SIZES = {name: state_size(CASES[name]) for name in METRICS}
 
 
 def make_data(dtype: torch.dtype = torch.float32, num_rows: int = NUM_ROWS) -> Data:
@@ -156,8 +151,13 @@ def made(name: str, **kwargs: Any) -> Any:
 
 def update(metric: Any, name: str, data: Data) -> Any:
     """Update a metric of the table."""
-    metric.update(*(getattr(data, field) for field in METRICS[name][1]))
+    metric.update(**arguments(name, data))
     return metric
+
+
+def arguments(name: str, data: Data) -> dict[str, Tensor]:
+    """Return what an update of a metric takes of the data."""
+    return {argument: getattr(data, field) for argument, field in METRICS[name][1].items()}
 
 
 def bits(value: Any) -> Any:
@@ -200,30 +200,33 @@ def read_all(data: Data, batches: list[Tensor]) -> dict[str, Any]:
     return values
 
 
+# How many ranks, how unequal their shares, and the type of the logits: every pair of two of these, and 8 ranks.
+WORLDS = {
+    1: [("even", torch.float32), ("even", torch.bfloat16)],
+    2: [("uneven", torch.float32), ("one empty", torch.bfloat16)],
+    3: [("even", torch.bfloat16), ("uneven", torch.bfloat16), ("one empty", torch.float32)],
+    8: [("even", torch.float32), ("one empty", torch.bfloat16)],
+}
+
+
 def read_shares(rank: int) -> dict[tuple[str, torch.dtype], dict[str, Any]]:
     """Read every metric on ranks that go through their shares in batches of 3, the last one smaller."""
     values = {}
-    for split, dtype in itertools.product(SPLITS if dist.get_world_size() > 1 else SPLITS[:1], DTYPES):
+    for split, dtype in WORLDS[dist.get_world_size()]:
         rows = deal(dist.get_world_size(), split)[rank]
         values[split, dtype] = read_all(make_data(dtype), [*rows.split(3)] if len(rows) else [])
     return values
 
 
 @distributed
-def test_same_bits_for_any_number_of_ranks(tmp_path: Path) -> None:
-    """1, 2, 3, 4 and 8 ranks read the bits of one process, however unequal their shares; the table shows them."""
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_any_number_of_ranks_reads_the_bits_of_one_process(world_size: int, tmp_path: Path) -> None:
+    """1, 2, 3 and 8 ranks read the bits of one process, however unequal their shares."""
     alone = {dtype: read_all(make_data(dtype), [torch.arange(NUM_ROWS)]) for dtype in DTYPES}
-    table = ["ranks  split      dtype     cross-entropy"]
-    for world_size in WORLDS:
-        for rank, values in enumerate(run_ranks(world_size, read_shares, tmp_path=tmp_path)):
-            for (split, dtype), readings in values.items():
-                row = (f"{world_size:5}", f"{split:9}", f"{str(dtype)[6:]:8}", readings["report"]["cross_entropy"])
-                table += ["  ".join(row)] if rank == 0 else []
-
-                assert readings == alone[dtype], row
-    sys.stdout.write("\n".join(table) + "\n")
-
-    assert len(table) == 1 + len(DTYPES) * (1 + 3 * (len(WORLDS) - 1))
+    for values in run_ranks(world_size, read_shares, tmp_path=tmp_path):
+        assert list(values) == WORLDS[world_size]
+        for (split, dtype), readings in values.items():
+            assert readings == alone[dtype], (split, dtype)
     assert "nan" not in str(alone)
     assert len({str(x) for x in alone.values()}) == len(DTYPES)
 
@@ -236,7 +239,7 @@ def count_collectives(rank: int) -> dict[str, list[Collective]]:
         metrics = {name: made(name) for name in METRICS}
         for name, metric in metrics.items():
             update(metric, name, data)
-            metric(*(getattr(data, field) for field in METRICS[name][1]))
+            metric(**arguments(name, data))
             calls["update and forward", name] = collectives.taken()
             metric.compute()
             calls["compute", name] = collectives.taken()
@@ -327,18 +330,18 @@ def use_options(rank: int, name: str) -> dict[str, Any]:
     data, seen = own_rows(rank), {}
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     group = groups[rank % 2]
-    fields = [getattr(data, field) for field in METRICS[name][1]]
+    fields = arguments(name, data)
     metric = update(made(name, process_group=group), name, data)
     with Collectives() as collectives:
         seen["process_group"] = bits(metric.compute())
         seen["together in process_group"] = bits(compute_together({"": metric})[""])
         seen["collectives in process_group"] = collectives.taken()
         metric = made(name, dist_sync_on_step=True)
-        seen["forward"] = bits(metric(*fields))
+        seen["forward"] = bits(metric(**fields))
         seen["collectives of forward"] = collectives.taken()
-    seen["second forward"] = bits(metric(*fields))
+    seen["second forward"] = bits(metric(**fields))
     seen["after forward"] = bits(metric.compute())
-    seen["forward alone"] = bits(made(name)(*fields))
+    seen["forward alone"] = bits(made(name)(**fields))
     seen["sync_on_compute"] = bits(update(made(name, sync_on_compute=False), name, data).compute())
     unavailable = made(name, distributed_available_fn=lambda: False)
     seen["distributed_available_fn"] = bits(update(unavailable, name, data).compute())
@@ -366,7 +369,7 @@ def use_options(rank: int, name: str) -> dict[str, Any]:
 
 
 @distributed
-@pytest.mark.parametrize("name", ["report", "grouped"])
+@pytest.mark.parametrize("name", ["CrossEntropyReport", "GroupedCrossEntropy"])
 def test_synchronization_options(name: str, tmp_path: Path) -> None:
     """`process_group`, `dist_sync_fn`, `sync_on_compute`, `dist_sync_on_step` do what they do in torchmetrics."""
     ranks = run_ranks(4, use_options, name, tmp_path=tmp_path)
@@ -622,7 +625,7 @@ def test_compute_together_alone() -> None:
 MANY = 1000
 
 
-class Case(NamedTuple):
+class Scored(NamedTuple):
     """Logits and targets, and what decides the losses."""
 
     logits: Tensor
@@ -631,14 +634,14 @@ class Case(NamedTuple):
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def cases(num_classes: int) -> Iterator[tuple[str, Case]]:
+def cases(num_classes: int) -> Iterator[tuple[str, Scored]]:
     """Yield everything that a loss of whole rows may depend on."""
     generator = torch.Generator().manual_seed(num_classes)
     if num_classes > MANY:  # More rows than are worked on at once.
         logits = 3 * torch.randn(3, 800, num_classes, generator=generator)
         target = torch.randint(num_classes, (3, 800), generator=generator)
-        yield "many rows", Case(logits, target, None, {"label_smoothing": 0.1})
-        yield "many columns", Case(logits.mT, target, None, {"class_dim": 1})
+        yield "many rows", Scored(logits, target, None, {"label_smoothing": 0.1})
+        yield "many columns", Scored(logits.mT, target, None, {"class_dim": 1})
         return
     logits = 3 * torch.randn(6, 4, num_classes, generator=generator)
     target = torch.randint(num_classes, (6, 4), generator=generator)
@@ -656,28 +659,28 @@ def cases(num_classes: int) -> Iterator[tuple[str, Case]]:
         "all scored": {"ignore_index": None},
         "shifted": {"shift": True},
     }.items():
-        yield name, Case(logits, target, None, options)
-        yield f"{name}, weighted", Case(logits, target, weight, options)
+        yield name, Scored(logits, target, None, options)
+        yield f"{name}, weighted", Scored(logits, target, weight, options)
     channels = {"class_dim": 1}
-    yield "class_dim", Case(logits.mT.contiguous(), target, None, channels)
-    yield "class_dim, strided", Case(logits.mT, target, weight, channels)
+    yield "class_dim", Scored(logits.mT.contiguous(), target, None, channels)
+    yield "class_dim, strided", Scored(logits.mT, target, weight, channels)
     yield (
         "class_dim of images",
-        Case(logits.view(3, 2, 4, -1).permute(0, 3, 1, 2), target.view(3, 2, 4), None, channels),
+        Scored(logits.view(3, 2, 4, -1).permute(0, 3, 1, 2), target.view(3, 2, 4), None, channels),
     )
-    yield "class_dim, shifted", Case(logits.mT, target, None, channels | {"shift": True})
-    yield "one sequence", Case(logits[0], target[0])
-    yield "one row", Case(logits[0, 0], target[0, 0])
-    yield "no rows", Case(logits[:0], target[:0])
-    yield "mask", Case(logits, target, weight > 0.5)
-    yield "uint8", Case(logits, target.clamp(min=0).to(torch.uint8))
+    yield "class_dim, shifted", Scored(logits.mT, target, None, channels | {"shift": True})
+    yield "one sequence", Scored(logits[0], target[0])
+    yield "one row", Scored(logits[0, 0], target[0, 0])
+    yield "no rows", Scored(logits[:0], target[:0])
+    yield "mask", Scored(logits, target, weight > 0.5)
+    yield "uint8", Scored(logits, target.clamp(min=0).to(torch.uint8))
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
-        yield str(dtype), Case(logits.to(dtype), target, None, {"label_smoothing": 0.1})
-    yield "large", Case(logits * 1e4, target)
-    yield "large, smoothed", Case(logits * 1e4, target, None, {"label_smoothing": 0.1})
+        yield str(dtype), Scored(logits.to(dtype), target, None, {"label_smoothing": 0.1})
+    yield "large", Scored(logits * 1e4, target)
+    yield "large, smoothed", Scored(logits * 1e4, target, None, {"label_smoothing": 0.1})
     beyond = target.clone()
     beyond[1] = torch.tensor([num_classes, -1, 2**40, -(2**40)])
-    yield "out of range", Case(logits, beyond, weight)
+    yield "out of range", Scored(logits, beyond, weight)
     unlikely = logits.clone()
     unlikely[1, :, 1:] = -math.inf
     unlikely[2, 0] = -math.inf
@@ -685,9 +688,9 @@ def cases(num_classes: int) -> Iterator[tuple[str, Case]]:
     unlikely[3, 1, 0] = math.inf
     unlikely[4, 0, -1] = math.nan
     unlikely[4, 1, 0] = math.nan
-    yield "not finite", Case(unlikely, target)
-    yield "not finite, smoothed", Case(unlikely, target, None, {"label_smoothing": 0.1, "class_weight": class_weight})
-    yield "not finite, ignored", Case(unlikely, target.masked_fill(unlikely.isfinite().all(-1).logical_not(), -100))
+    yield "not finite", Scored(unlikely, target)
+    yield "not finite, smoothed", Scored(unlikely, target, None, {"label_smoothing": 0.1, "class_weight": class_weight})
+    yield "not finite, ignored", Scored(unlikely, target.masked_fill(unlikely.isfinite().all(-1).logical_not(), -100))
 
 
 def spread(x: Tensor, mesh: DeviceMesh, dim: int = -1) -> DTensor:
@@ -798,17 +801,7 @@ def read_mesh(rank: int) -> dict[str, Any]:
     return {"values": seen, "calls": calls}
 
 
-SPREAD = (
-    "report",
-    "weighted report",
-    "smoothed",
-    "bits per token",
-    "perplexity",
-    "bits per byte",
-    "grouped",
-    "difference",
-    "normalized",
-)
+SPREAD = [name for name in METRICS if METRICS[name][1]["target"] == "target"]
 SPREAD_FUNCTIONS = (
     "cross_entropy",
     "bits_per_token",
@@ -826,13 +819,13 @@ def test_data_and_classes_on_a_mesh(tmp_path: Path) -> None:
     for seen in run_ranks(4, read_mesh, tmp_path=tmp_path):
         values, calls = seen["values"], seen["calls"]
         for name in SPREAD:
-            updates = 2 if name == "difference" else 1
+            updates = CASES[name].passes
 
             assert_close(values[name], alone(name, make_data()))
             assert calls[name] == ["MAX", "SUM"] * updates + ["SUM"], name
-        assert values["replicated"] == alone("report", make_data())
+        assert values["replicated"] == alone("CrossEntropyReport", make_data())
         assert calls["replicated"] == []
-        assert_close(values["on the whole mesh"], alone("report", make_data()))
+        assert_close(values["on the whole mesh"], alone("CrossEntropyReport", make_data()))
         assert calls["on the whole mesh"] == ["MAX", "SUM"]
         soft = CrossEntropyReport()
         soft.update(make_data().logits, make_data().soft)
@@ -956,11 +949,11 @@ def split_time(rank: int) -> dict[str, Any]:
                 update(metric, name, own.rows(rows))
                 update(unaware, name, own.rows(rows))
             calls = collectives.taken()
-        fields = [getattr(own, field) for field in METRICS[name][1]]
+        fields = arguments(name, own)
         stepped = made(name, sequence_group=group, dist_sync_on_step=True)
         seen[name] = {
             "value": bits(metric.compute()),
-            "forward": bits(stepped(*fields)),
+            "forward": bits(stepped(**fields)),
             "unaware": bits(unaware.compute()),
             "calls": calls,
         }
@@ -972,7 +965,7 @@ def split_time(rank: int) -> dict[str, Any]:
     return seen
 
 
-SPLIT = ("report", "weighted report", "difference")
+SPLIT = ("CrossEntropyReport", "CrossEntropyReport-bytes", "CrossEntropyDifference")
 
 
 def long_and_many() -> dict[str, Tensor]:
@@ -1171,7 +1164,7 @@ def compute_local_ones_together(rank: int) -> dict[str, tuple[Any, Any]]:
         "distributed_available_fn": {"distributed_available_fn": lambda: False},
         "synced": {},
     }.items():
-        metric = update(CrossEntropyReport(**options), "report", own_rows(rank))
+        metric = update(CrossEntropyReport(**options), "CrossEntropyReport", own_rows(rank))
         single = bits(metric.compute())
         if name == "synced":
             metric.sync()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "custom_loop.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "custom_loop.py"
 spec = importlib.util.spec_from_file_location("custom_loop", SCRIPT)
 example = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(example)

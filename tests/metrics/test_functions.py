@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import Operators
-from tests.test_compile import FORMS, Form
+from tests.metrics.test_traced import FORMS, Form
 from xent_metrics import CrossEntropy, CrossEntropyReport, Tally, functional
 
 K = 5
@@ -25,13 +25,6 @@ ALL = [functional.cross_entropy, functional.bits_per_token, functional.perplexit
 def values(preds: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[float]:
     """Cross-entropy, bits per token and perplexity."""
     return [function(preds, target, weight, **options).item() for function in ALL]
-
-
-@pytest.fixture(name="deferred")
-def _deferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let bad values on the CPU be counted, as they are on an accelerator."""
-    for module in ("checks", "batch"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
 
 
 def test_readings_agree() -> None:
@@ -174,7 +167,7 @@ def test_masked_targets_may_be_anything() -> None:
         assert functional.cross_entropy(torch.ones(3, K), target, weight).item() == expected
 
 
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize(
     ("target", "weight"), [([0, K], None), ([0, -1], None), ([0, 1], [1.0, -1.0]), ([0, 1], [1.0, math.nan])]
 )
@@ -200,7 +193,7 @@ def test_bad_values_read_nan_where_they_cannot_raise(target: list[int], weight: 
         ([1.0, 3.0, 2.0**94], math.inf),
     ],
 )
-def test_nan_policy(losses: list[float], propagated: float, request: pytest.FixtureRequest) -> None:
+def test_nan_policy(losses: list[float], propagated: float, hide_values: Callable[[], None]) -> None:
     """Non-finite losses propagate as in IEEE addition, are left out, or raise, and are counted under every policy."""
     args = torch.tensor(losses), torch.zeros(len(losses), dtype=torch.int64)
     nonfinite = len(losses) - 2
@@ -219,7 +212,7 @@ def test_nan_policy(losses: list[float], propagated: float, request: pytest.Fixt
         metric.compute()
     with pytest.raises(ValueError, match=text):
         functional.cross_entropy(*args, input="losses", nan_policy="raise")
-    request.getfixturevalue("deferred")
+    hide_values()
     assert functional.cross_entropy(*args, input="losses", nan_policy="raise").isnan()
 
 
@@ -316,7 +309,7 @@ def test_every_function_never_waits(form: Form, operators: Operators) -> None:
     assert_stays(operators, "meta")
 
 
-@pytest.mark.usefixtures("deferred")
+@pytest.mark.usefixtures("hidden_values")
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_checks_of_the_cpu_look_at_values(case: str, operators: Operators) -> None:
     """Without the checks that are free on the CPU, not one value is read back there either."""

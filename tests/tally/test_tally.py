@@ -22,6 +22,7 @@ from xent_metrics.readings import ExactReading
 from xent_metrics.tally import tally_losses
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 COUNT_OF = {math.inf: "positive_infinite", -math.inf: "negative_infinite"}
@@ -359,7 +360,7 @@ def test_only_tallies_of_a_kind_are_added() -> None:
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_is_seen_of_a_batch_changes_nothing(
-    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], dtype: torch.dtype, hide_values: Callable[[], None]
 ) -> None:
     """A look at the values, which spares limbs and masks, gives the bits of a tally that was made without one."""
     generator = torch.Generator().manual_seed(4)
@@ -372,6 +373,6 @@ def test_what_is_seen_of_a_batch_changes_nothing(
         ignored = torch.rand(shape, generator=generator) < (0.3 if weigh != 1.0 else 0)
         batches.append((TargetLosses(losses.to(dtype), None, ignored, None), weight))
     seen = [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]
-    monkeypatch.setattr("xent_metrics.checks.free_to_look", lambda _: False)
+    hide_values()
 
     assert seen == [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]

@@ -1179,13 +1179,10 @@ def test_update_and_forward_never_wait(name: str, operators: Operators) -> None:
     assert [op for op in operators.counts if any(part in op for part in WAITS)] == []
 
 
+@pytest.mark.usefixtures("hidden_values")
 @each_case
-def test_only_the_checks_of_the_cpu_look_at_values(
-    name: str, operators: Operators, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_the_checks_of_the_cpu_look_at_values(name: str, operators: Operators) -> None:
     """Without the checks that are free on the CPU nothing is read back, and no number is copied to the device."""
-    for module in ("checks", "batch"):
-        monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
     make, names, _ = CASES[name]
     batch: list[Any] = list(take(make_data(), names))
     metric = make()

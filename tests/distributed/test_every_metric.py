@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import torch.distributed as dist
 from torchmetrics import MetricCollection
 
 from tests.cases import CASES, Batch, Case, bits, filled, numbers
+from tests.distributed.ranks import run_ranks
 
-RANKS = 2
-# Which batches each rank has: uneven ones, and none at all.
-SPLITS = {"uneven": ([0, 2], [1]), "one rank has none": ([0, 1, 2], []), "the other has none": ([], [1, 2])}
+# Which batches each rank has: uneven ones, and none at all. Later they swap them.
+SPLITS = {"uneven": ([0, 2], [1]), "one rank has none": ([0, 1, 2], [])}
 SHARED = ("CrossEntropy", "CrossEntropy-bits", "BitsPerToken", "Perplexity", "CrossEntropyReport", "BitsPerByte-table")
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(240)]
@@ -53,14 +51,9 @@ def on_one_rank(case: Case, batches: list[Batch], own: list[int], other: list[in
     return read
 
 
-def work(rank: int, folder: str) -> None:
+def read_every_metric(rank: int) -> dict[str, Any]:
     """Be one of the processes."""
-    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="The ``compute`` method")  # A rank may have nothing.
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
-    )
-    assert (dist.get_world_size(), dist.get_rank()) == (RANKS, rank)
     results: dict[str, Any] = {}
     for split, parts in SPLITS.items():
         own, other = parts[rank], parts[1 - rank]
@@ -70,15 +63,12 @@ def work(rank: int, folder: str) -> None:
         for i in own:
             collection.update(**batches_of("CrossEntropy")[i])
         results[f"{split}, together"] = {name: bits(m.compute()) for name, m in collection.items(keep_base=True)}
-    Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    return results
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_ranks_read_every_metric_as_one_process_does(tmp_path: Path) -> None:
     """Values of uneven ranks, of ranks without batches, of steps and of collections are those of one process."""
-    torch.multiprocessing.spawn(work, (str(tmp_path),), RANKS, daemon=True)
-    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    results = run_ranks(2, read_every_metric, tmp_path=tmp_path)
     for split, parts in SPLITS.items():
         for name, case in CASES.items():
             batches = batches_of(name)
