@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from xent_metrics import Tally, functional
-from xent_metrics.exact import LIMIT
+from xent_metrics.losses.target_losses import LIMIT
 
 relaxed = settings(deadline=None, max_examples=60)
 """Settings of every property test: the first call of a torch operator is slow, which says nothing of the library."""

@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 from tests.distributed.ranks import run_ranks as run_world
 from xent_metrics import CrossEntropyReport
 from xent_metrics.lightning import CrossEntropyMonitor
-from xent_metrics.tally import STATE_SIZE, Tally
+from xent_metrics.tally.tally import STATE_SIZE, Tally
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler, IterableDataset
 
-from xent_metrics.distributed import is_distributed, unrepeated
+from xent_metrics.distributed import is_distributed, num_unpadded_samples
 from xent_metrics.lightning.step_outputs import StepOutputs
 
 
@@ -40,7 +40,7 @@ class RepeatedSamples:
             return None  # It divides evenly, or drops the rest.
         start = batch_idx * batch_size
         num_samples = min(batch_size, len(sampler) - start)
-        return DrawnSamples(num_samples, unrepeated(sampler, start, num_samples))
+        return DrawnSamples(num_samples, num_unpadded_samples(sampler, start, num_samples))
 
     def leave_out(self, outputs: StepOutputs, drawn: DrawnSamples) -> tuple[StepOutputs, int]:
         """Return the outputs without repeated samples, and how many those were."""

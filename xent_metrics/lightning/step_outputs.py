@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
-from xent_metrics.checks import any_of, as_token_table, check_num_classes, describe, is_integer, is_integral
-from xent_metrics.kernels import Backend
-from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
-from xent_metrics.tally import GroupTally, Tally, tally_mean
-
-__all__ = ["Backend", "MeanOutput", "OutputReader", "ScoredBatch", "StepOutputs", "Tallies"]
+from xent_metrics._validate import as_token_table, check_num_classes, describe, is_integer, is_integral
+from xent_metrics.batch import group_scored, tally_scored
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.options import Backend, LossOptions
+from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
+from xent_metrics.tally.accumulate import tally_mean
+from xent_metrics.tally.tally import GroupTally, Tally
 
 Tallies = tuple[Tally | GroupTally, ...]
 """All targets (per token, and with bytes also per byte); then, with groups, the groups per token and per byte."""
@@ -57,44 +57,6 @@ class MeanOutput(NamedTuple):
 
     loss: Tensor
     num_tokens: Tensor | int
-
-
-class ScoredBatch(NamedTuple):
-    """The losses of a batch, which count per token, and with `token_bytes` also per byte.
-
-    Attributes:
-        per_token: With 1 for each target as denominator.
-        per_byte: The same losses with the bytes of each target as denominator; None without `token_bytes`.
-    """
-
-    per_token: TargetLosses
-    per_byte: TargetLosses | None
-
-    @property
-    def loss(self) -> Tensor:
-        """Loss of each target, of shape (sequences, targets in a sequence)."""
-        return self.per_token.loss
-
-    @property
-    def is_scored(self) -> Tensor:
-        """Whether each target is scored."""
-        skipped = any_of(self.per_token.ignored, self.per_token.out_of_range)
-        return torch.ones_like(self.loss, dtype=torch.bool) if skipped is None else ~skipped
-
-    def parts(self) -> list[TargetLosses]:
-        """Return what is tallied side by side."""
-        return [self.per_token] if self.per_byte is None else [self.per_token, self.per_byte]
-
-    def copy(self) -> ScoredBatch:
-        """Return the batch with losses in memory of their own."""
-        # A compiled step may write the losses of every batch to the same memory. The rest is made anew for each batch.
-        loss = self.loss.clone()
-        return ScoredBatch(*(None if part is None else part._replace(loss=loss) for part in self))  # type: ignore[arg-type]
-
-    @property
-    def row_type(self) -> tuple[int, torch.dtype, torch.device]:
-        """Length, dtype and device of a sequence; batches in which they are equal can be tallied together."""
-        return self.loss.shape[1], self.loss.dtype, self.loss.device
 
 
 class OutputReader:
@@ -166,8 +128,7 @@ class OutputReader:
     def score(self, outputs: StepOutputs) -> ScoredBatch:
         """Return the losses of all targets."""
         preds, target, _, options = outputs
-        per_token, *per_byte = score_batch(preds, target, None, options, token_bytes=self.token_bytes)[0]
-        return ScoredBatch(per_token, per_byte[0] if per_byte else None)
+        return score_batch(preds, target, None, options, token_bytes=self.token_bytes)
 
     def classes(self, outputs: StepOutputs) -> tuple[Tensor | None, int | None]:
         """Return the class of every target, and how many classes there are; None for what the outputs do not tell."""
@@ -183,14 +144,13 @@ class OutputReader:
         _, target, group, options = outputs
         assert group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
-        by_group = group_scored(scored.parts(), group, target, options, len(self.groups), fix)
-        return (tally_scored(scored.parts()), *by_group)
+        by_group = group_scored(scored, group, target, options, len(self.groups), fix)
+        return (tally_scored(scored), *by_group)
 
     @staticmethod
     def tally_joined(batches: Sequence[ScoredBatch]) -> Tallies:
         """Tally batches of one row type, without groups, all at once."""
-        parts = zip(*(batch.parts() for batch in batches), strict=True)
-        return (tally_scored([TargetLosses.join(part) for part in parts]),)
+        return (tally_scored(ScoredBatch.cat(batches)),)
 
     @staticmethod
     def tally_mean(mean: MeanOutput) -> Tallies:

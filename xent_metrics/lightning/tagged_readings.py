@@ -10,7 +10,7 @@ from xent_metrics.lightning.step_outputs import OutputReader, Tallies
 from xent_metrics.lightning.windows import add_tallies
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_valid
 from xent_metrics.tags import BITS_PER_BYTE, BOUNDED_READINGS, LOGGED_READINGS
-from xent_metrics.tally import GroupTally
+from xent_metrics.tally.tally import GroupTally
 from xent_metrics.validation_stats import ValidationPoint
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, ScoredBatch, StepOutputs, Tallies
-from xent_metrics.tally import sum_tallies_over_ranks
+from xent_metrics.tally.tally import sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -5,6 +5,7 @@ What metrics, functional forms and the monitor share. Nothing here keeps state, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from xent_metrics.losses.dense import target_losses
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes, raise_now
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.target_losses import BAD_GROUP, IGNORED, TargetLosses
+from xent_metrics.losses.target_losses import BAD_GROUP, IGNORED, SCORED, TargetLosses
 from xent_metrics.losses.targets import as_index
 
 
@@ -30,6 +31,34 @@ class ScoredBatch(NamedTuple):
 
     per_token: TargetLosses
     per_byte: TargetLosses | None = None
+
+    @classmethod
+    def cat(cls, batches: Sequence[ScoredBatch]) -> ScoredBatch:
+        """Concatenate batches of one row type."""
+        parts = zip(*batches, strict=True)
+        return cls(*(None if part[0] is None else TargetLosses.cat(part) for part in parts))  # type: ignore[arg-type]
+
+    @property
+    def loss(self) -> Tensor:
+        """Loss of each target, of shape (sequences, targets in a sequence)."""
+        return self.per_token.loss
+
+    @property
+    def is_scored(self) -> Tensor:
+        """Whether each target is scored."""
+        status = self.per_token.status
+        return torch.ones_like(self.loss, dtype=torch.bool) if status is None else status == SCORED
+
+    @property
+    def row_type(self) -> tuple[int, torch.dtype, torch.device]:
+        """Length, dtype and device of a sequence; batches in which they are equal can be tallied together."""
+        return self.loss.shape[1], self.loss.dtype, self.loss.device
+
+    def copy(self) -> ScoredBatch:
+        """Return the batch with losses in memory of their own."""
+        # A compiled step may write the losses of every batch to the same memory. The rest is made anew for each batch.
+        loss = self.loss.clone()
+        return ScoredBatch(*(None if part is None else part._replace(loss=loss) for part in self))  # type: ignore[arg-type]
 
 
 def score_batch(
