@@ -23,18 +23,15 @@ from torch import Tensor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import xent_metrics
+from tests.cases import QUANTITIES, SCORES
 from xent_metrics import (
     BinaryCrossEntropy,
     BitsPerByte,
-    BitsPerToken,
     CrossEntropy,
-    CrossEntropyDecomposition,
     CrossEntropyDifference,
     CrossEntropyReport,
-    GroupedCrossEntropy,
     LinearLogits,
     NormalizedCrossEntropy,
-    Perplexity,
     functional,
 )
 
@@ -52,11 +49,11 @@ class Kind(NamedTuple):
 
     metric: Any
     function: Callable[..., Any] | None
-    options: Mapping[str, Any] = MappingProxyType({})
-    arguments: tuple[str, ...] = ("preds", "target", "weight")
-    binary: bool = False
-    soft: bool = True
-    inputs: tuple[str, ...] = ("logits", "log_probs", "probs", "losses")
+    options: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    inputs: tuple[str, ...]
+    binary: bool
+    soft: bool
 
     def make(self, **options: Any) -> Any:
         """Make a metric."""
@@ -73,32 +70,21 @@ class Kind(NamedTuple):
 
 
 TABLE = torch.tensor([2, 1, 3, 1])
-PAIR = ("preds_a", "preds_b", "target", "weight")
-SCORES = ("logits", "log_probs", "probs")
-KINDS = {
-    "CrossEntropy": Kind(CrossEntropy, functional.cross_entropy),
-    "BitsPerToken": Kind(BitsPerToken, functional.bits_per_token),
-    "Perplexity": Kind(Perplexity, functional.perplexity),
-    "CrossEntropyReport": Kind(CrossEntropyReport, None),
-    "CrossEntropyReport(token_bytes)": Kind(CrossEntropyReport, None, {"token_bytes": TABLE}, soft=False),
-    "BitsPerByte": Kind(BitsPerByte, functional.bits_per_byte, {}, ("preds", "target", "num_bytes", "weight")),
-    "BitsPerByte(token_bytes)": Kind(BitsPerByte, functional.bits_per_byte, {"token_bytes": TABLE}, soft=False),
-    "BinaryCrossEntropy": Kind(
-        BinaryCrossEntropy, functional.binary_cross_entropy, binary=True, soft=False, inputs=("logits", "probs")
-    ),
-    "CrossEntropyDecomposition": Kind(CrossEntropyDecomposition, functional.cross_entropy_decomposition, inputs=SCORES),
-    "GroupedCrossEntropy": Kind(
-        GroupedCrossEntropy,
-        functional.grouped_cross_entropy,
-        {"num_groups": 3},
-        ("preds", "target", "group", "weight"),
-    ),
-    "NormalizedCrossEntropy": Kind(
-        NormalizedCrossEntropy, functional.normalized_cross_entropy, {"num_classes": K}, soft=False
-    ),
-    "CrossEntropyDifference(a)": Kind(CrossEntropyDifference, functional.cross_entropy_difference, {}, PAIR),
-    "CrossEntropyDifference(b)": Kind(CrossEntropyDifference, functional.cross_entropy_difference, {}, PAIR),
-}
+
+
+def kinds() -> Iterator[tuple[str, Kind]]:
+    """Yield every quantity; twice where bytes may come from a table too, and where either model may be the bad one."""
+    for quantity in QUANTITIES.values():
+        name, required = quantity.metric.__name__, {"num_groups": 3, "num_classes": K}
+        options = {option: required[option] for option in quantity.required}
+        kind = Kind(quantity.metric, quantity.function, options, *quantity[2:4], quantity.binary, quantity.soft)
+        yield from [(f"{name}(a)", kind), (f"{name}(b)", kind)] if "preds_a" in kind.arguments else [(name, kind)]
+        if "token_bytes" in quantity.options(quantity.metric):
+            arguments = tuple(argument for argument in kind.arguments if argument != "num_bytes")
+            yield f"{name}(token_bytes)", kind._replace(options={"token_bytes": TABLE}, arguments=arguments, soft=False)
+
+
+KINDS = dict(kinds())
 OF_CLASSES = [name for name, kind in KINDS.items() if not kind.binary]
 SOFT = [name for name, kind in KINDS.items() if kind.soft]
 FUNCTIONS = [name for name, kind in KINDS.items() if kind.function is not None]

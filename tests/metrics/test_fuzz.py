@@ -21,19 +21,13 @@ from torch import Tensor
 
 import xent_metrics
 from tests import reference
+from tests.cases import QUANTITIES, Quantity
 from tests.reference import Target
-from tests.strategies import Call, Entry, calls
+from tests.strategies import Call, calls
 from xent_metrics import (
-    BinaryCrossEntropy,
     BitsPerByte,
-    BitsPerToken,
-    CrossEntropy,
-    CrossEntropyDecomposition,
-    CrossEntropyDifference,
     CrossEntropyReport,
     GroupedCrossEntropy,
-    NormalizedCrossEntropy,
-    Perplexity,
     Tally,
     functional,
 )
@@ -42,27 +36,10 @@ fuzz = settings(
     deadline=None, max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=False
 )
 
-TRIPLE = ("logits", "log_probs", "probs")
 ENTRIES = {
-    "cross_entropy": Entry(functional.cross_entropy, CrossEntropy),
-    "bits_per_token": Entry(functional.bits_per_token, BitsPerToken),
-    "perplexity": Entry(functional.perplexity, Perplexity),
-    "bits_per_byte": Entry(functional.bits_per_byte, BitsPerByte, ("preds", "target", "num_bytes", "weight")),
-    "binary_cross_entropy": Entry(
-        functional.binary_cross_entropy, BinaryCrossEntropy, inputs=("logits", "probs"), binary=True, soft=False
-    ),
-    "cross_entropy_decomposition": Entry(
-        functional.cross_entropy_decomposition, CrossEntropyDecomposition, inputs=TRIPLE
-    ),
-    "grouped_cross_entropy": Entry(
-        functional.grouped_cross_entropy, GroupedCrossEntropy, ("preds", "target", "group", "weight")
-    ),
-    "normalized_cross_entropy": Entry(functional.normalized_cross_entropy, NormalizedCrossEntropy, soft=False),
-    "cross_entropy_difference": Entry(
-        functional.cross_entropy_difference, CrossEntropyDifference, ("preds_a", "preds_b", "target", "weight")
-    ),
-    "per_target_losses": Entry(functional.per_target_losses, None, ("preds", "target")),
-    "tally": Entry(functional.tally, CrossEntropyReport),
+    **{name: quantity for name, quantity in QUANTITIES.items() if quantity.function is not None},
+    "per_target_losses": Quantity(None, functional.per_target_losses, ("preds", "target")),
+    "tally": QUANTITIES["report"]._replace(function=functional.tally),
 }
 METRICS = [name for name, entry in ENTRIES.items() if entry.metric is not None]
 
@@ -141,7 +118,7 @@ def need_weights(x: Any) -> None:
     need(is_dense(x) and x.is_floating_point() and all(0 <= w < 2.0**47 for w in x.reshape(-1).tolist()))
 
 
-def judge_options(entry: Entry, form: Callable[..., Any], given_options: dict[str, Any]) -> dict[str, Any]:
+def judge_options(entry: Quantity, form: Callable[..., Any], given_options: dict[str, Any]) -> dict[str, Any]:
     """Refuse options that mean nothing by themselves, and fill in those that were left out."""
     names = entry.options(form)
     options = {**DEFAULTS, **({"ignore_index": None} if entry.binary else {})}
@@ -185,7 +162,7 @@ def broadcast(x: Any, shape: torch.Size) -> Tensor:
     return x.expand(shape)
 
 
-def judge(entry: Entry, options: dict[str, Any], batch: dict[str, Any]) -> Judged:
+def judge(entry: Quantity, options: dict[str, Any], batch: dict[str, Any]) -> Judged:
     """Work out every loss of a batch, or refuse it."""
     all_bytes = num_bytes = judge_num_bytes(entry, options, batch)
     models = [judge_model(entry, options, batch[name], batch["target"]) for name in batch if name.startswith("preds")]
@@ -244,7 +221,7 @@ def is_ignored(label: Any, ignore_index: int | None) -> bool:
     return ignore_index is not None and not isinstance(label, list) and label == ignore_index
 
 
-def judge_num_bytes(entry: Entry, options: dict[str, Any], batch: dict[str, Any]) -> int:
+def judge_num_bytes(entry: Quantity, options: dict[str, Any], batch: dict[str, Any]) -> int:
     """Sum the bytes that come with a batch, or refuse them; -1 if there is a table."""
     if "num_bytes" not in entry.arguments:
         return 0
@@ -263,7 +240,7 @@ def judge_num_bytes(entry: Entry, options: dict[str, Any], batch: dict[str, Any]
 class Model(NamedTuple):
     """The predictions of one model beside the labels, row by row, after a shift."""
 
-    entry: Entry
+    entry: Quantity
     options: dict[str, Any]
     shape: torch.Size  # Of the targets, before the shift.
     rows: list[Any]
@@ -319,7 +296,7 @@ class Model(NamedTuple):
         return loss, max(1.0, positive) * (1 + sum(abs(q) for q in logs if math.isfinite(q)))
 
 
-def judge_model(entry: Entry, options: dict[str, Any], preds: Any, target: Any) -> Model:
+def judge_model(entry: Quantity, options: dict[str, Any], preds: Any, target: Any) -> Model:
     """Put predictions and labels side by side, or refuse them for their types and shapes."""
     need(is_dense(preds) and preds.dtype in FLOATS and is_dense(target) and not target.is_complex())
     flat = entry.binary or options["input"] == "losses"
@@ -568,7 +545,7 @@ def expected_of(name: str, form: Callable[..., Any], call: Call) -> dict[str, Va
     return read(name, options, [judge(entry, options, batch) for batch in call.batches])
 
 
-def chosen(entry: Entry, form: Callable[..., Any], call: Call) -> dict[str, Any]:
+def chosen(entry: Quantity, form: Callable[..., Any], call: Call) -> dict[str, Any]:
     """Choose the options that a function or a metric has."""
     return {name: value for name, value in call.options.items() if name in entry.options(form)}
 
