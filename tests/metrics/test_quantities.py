@@ -22,7 +22,7 @@ from torcheval.metrics import BinaryNormalizedEntropy
 from tests import reference
 from tests.conftest import Operators
 from tests.reference import Target
-from tests.strategies import partitions, relaxed
+from tests.strategies import examples, partitions, relaxed
 from xent_metrics import (
     BinaryCrossEntropy,
     BitsPerByte,
@@ -1094,7 +1094,7 @@ def take(data: dict[str, Tensor], names: tuple[str, ...], rows: Any = slice(None
 
 
 @each_case
-@settings(relaxed, max_examples=15)
+@settings(relaxed, max_examples=examples(15))
 @given(data=st.data())
 def test_same_bits_for_any_batching(name: str, data: st.DataObject) -> None:
     """Any batch size and order, through `update`, `forward` or `merge_state`, leave the same state and reading."""
