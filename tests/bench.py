@@ -373,7 +373,7 @@ def fit(form: str, batches: DataLoader[Any], monitored: bool) -> Function:
     from lightning.pytorch import Callback, Trainer  # noqa: PLC0415
     from lightning.pytorch.loggers import TensorBoardLogger  # noqa: PLC0415
 
-    from xent_metrics.callback import CrossEntropyMonitor  # noqa: PLC0415
+    from xent_metrics.lightning import CrossEntropyMonitor  # noqa: PLC0415
 
     class Clock(Callback):
         """From the first step to the last, without what a fit does before and after."""

@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from xent_metrics import _runtime
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_one_seed() -> Iterator[None]:
@@ -25,19 +27,10 @@ def _one_thread_and_one_seed() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-# Where the library asks whether it may read the values of a tensor: all of these, and no other.
-_ASKS = tuple(f"xent_metrics.{module}.free_to_look" for module in ("checks", "batch", "losses", "functional"))
-
-
 @pytest.fixture(name="hide_values")
 def _hide_values(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Hide, from the moment it is called, the values of every tensor, as those on an accelerator are hidden."""
-
-    def hide() -> None:
-        for name in _ASKS:
-            monkeypatch.setattr(name, lambda _: False)
-
-    return hide
+    return lambda: monkeypatch.setattr(_runtime, "can_read_values", lambda _: False)
 
 
 @pytest.fixture(name="hidden_values")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.cases import Quantity
 from xent_metrics import Tally, functional
-from xent_metrics.exact import LIMIT
+from xent_metrics.losses.target_losses import LIMIT
 
 THOROUGH = "THOROUGH" in os.environ
 """Whether to take one's time, as continuous integration does."""

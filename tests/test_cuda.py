@@ -15,7 +15,7 @@ from tests.cases import CASES, FORMS, Case, Form, filled, numbers
 from tests.losses.test_ignored_rows import LAYOUTS, MASKS
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Tally, functional
 from xent_metrics.functional import binary_cross_entropy, per_target_losses
-from xent_metrics.tally import COUNTS
+from xent_metrics.tally.tally import COUNTS
 
 DEVICE = "cuda"
 V = 1000

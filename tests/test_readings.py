@@ -14,9 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.strategies import UNIT, Batch, batches, ordinary_losses, ordinary_weights, relaxed, tally_of
-from xent_metrics import Tally, functional, readings
-from xent_metrics.exact import LIMIT
+from xent_metrics import Tally, _runtime, functional
 from xent_metrics.losses import TargetLosses
+from xent_metrics.losses.target_losses import LIMIT, TARGET_OUT_OF_RANGE
 from xent_metrics.readings import DeviceReading, ExactReading, NanPolicy, check_reading, check_valid
 from xent_metrics.tally import tally_losses
 
@@ -188,9 +188,9 @@ def test_no_targets_read_as_nan(policy: NanPolicy) -> None:
 
 def test_device_reads_nan_for_what_the_host_refuses() -> None:
     """A target out of range or an invalid weight raises on the host and reads as NaN on the device."""
-    loss, no, yes = torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), torch.tensor([[True, False]])
-    outside = tally_losses(TargetLosses(loss, None, no, yes))
-    invalid = tally_losses(TargetLosses(loss, None, no, no), torch.tensor([[-1.0, 1.0]], dtype=torch.float64))
+    loss, weight = torch.ones(1, 2), torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
+    outside = tally_losses(TargetLosses(loss).marked(TARGET_OUT_OF_RANGE, weight < 0))
+    invalid = tally_losses(TargetLosses(loss).weighted(weight))
     for tally, message in ((outside, "`target` .*1 targets were outside"), (invalid, "`weight` .* 1 were not")):
         with pytest.raises(ValueError, match=message):
             check_valid(tally.totals())
@@ -349,7 +349,7 @@ def test_device_agrees_with_host(batch: Batch) -> None:
 def test_device_without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a device has no float64 (here: is said to have none) its readings are float32, and right to 1e-5."""
     tally = tally_of(torch.randn(20, 8, generator=torch.Generator().manual_seed(8)).exp())
-    monkeypatch.setattr(readings, "widest_float", lambda _: torch.float32)
+    monkeypatch.setattr(_runtime, "widest_float", lambda _: torch.float32)
     device, exact = DeviceReading(tally), ExactReading(tally.totals())
     for name in PROPERTIES:
         assert getattr(device, name).dtype == torch.float32

@@ -1,8 +1,8 @@
 """Likelihood metrics for PyTorch whose numbers can be trusted to the last bit."""
 
 from xent_metrics import functional
-from xent_metrics.distributed import unrepeated
-from xent_metrics.losses import LinearLogits
+from xent_metrics.distributed import num_unpadded_samples
+from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.metrics import (
     BinaryCrossEntropy,
     BitsPerByte,
@@ -15,7 +15,7 @@ from xent_metrics.metrics import (
     NormalizedCrossEntropy,
     Perplexity,
 )
-from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.tally.tally import GroupTally, Tally
 from xent_metrics.tally_metric import compute_together
 from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
 
@@ -38,6 +38,6 @@ __all__ = [
     "check_token_bytes",
     "compute_together",
     "functional",
+    "num_unpadded_samples",
     "token_byte_lengths",
-    "unrepeated",
 ]

@@ -6,7 +6,6 @@ accelerator. Tallies are not carried yet, which adding them to another does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,37 +13,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from xent_metrics.checks import (
-    BYTES_LIMIT,
-    WEIGHT_LIMIT,
-    any_of,
-    at_hand,
-    check_device,
-    check_group,
-    check_hard,
-    check_num_bytes,
-    check_weight,
-    extremes,
-    free_to_look,
-    no_graph,
-    raises_now,
-    without,
+from xent_metrics import _runtime
+from xent_metrics._validate import BYTES_LIMIT, check_hard, check_num_bytes
+from xent_metrics.losses.binary import binary_losses
+from xent_metrics.losses.dense import target_entropies
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.mistakes import raise_mistakes
+from xent_metrics.losses.options import BinaryOptions, LossOptions
+from xent_metrics.losses.score import (
+    ScoredBatch,
+    as_groups,
+    as_weights,
+    per_byte_losses,
+    per_target,
+    score_batch,
+    score_unweighted,
 )
-from xent_metrics.exact import LIMIT, widest_float
-from xent_metrics.losses import (
-    BinaryOptions,
-    LinearLogits,
-    LossOptions,
-    TargetLosses,
-    as_index,
-    binary_losses,
-    difference,
-    shifted,
-    target_entropies,
-    target_losses,
-)
+from xent_metrics.losses.target_losses import IGNORED, LIMIT, difference
+from xent_metrics.losses.targets import as_index
 from xent_metrics.readings import NanPolicy
-from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses
+from xent_metrics.tally.accumulate import tally_groups, tally_losses
+from xent_metrics.tally.tally import GroupTally, Tally
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -69,54 +58,23 @@ def tally_batch(
 
     With `token_bytes`, a second tally stands beside the first, whose denominator is bytes.
     """
-    return tally_scored(*score_batch(preds, target, weight, options, class_weight, token_bytes), sequence_group)
+    return tally_scored(score_batch(preds, target, weight, options, class_weight, token_bytes), sequence_group)
 
 
-def score_batch(
-    preds: Tensor | LinearLogits,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    class_weight: Tensor | None = None,
-    token_bytes: Tensor | None = None,
-) -> tuple[list[TargetLosses], Tensor | None]:
-    """Return the losses of a batch, from which several tallies can be made, and the weight of each.
-
-    With `token_bytes`, the same losses come a second time, with bytes for a denominator.
-    """
-    with no_graph():
-        losses, weight = _score(preds, target, weight, options, class_weight)
-        if token_bytes is None:
-            raise_invalid(losses, weight, preds, target, options)
-            return [losses], weight
-        per_byte = _per_byte(losses, target, options, token_bytes)
-        losses = losses._replace(out_of_range=per_byte.out_of_range)
-        raise_invalid(losses, weight, preds, target, options, len(token_bytes))
-        return [losses, per_byte], weight
-
-
-def tally_scored(
-    kinds: list[TargetLosses], weight: Tensor | None = None, sequence_group: ProcessGroup | None = None
-) -> Tally:
-    """Tally what `score_batch` returns; two kinds side by side, of which the first has the sequences' group."""
+def tally_scored(batch: ScoredBatch, sequence_group: ProcessGroup | None = None) -> Tally:
+    """Tally a batch that was scored; per token and per byte side by side, of which the first has sequences' group."""
     with torch.no_grad():
-        first = tally_losses(kinds[0], weight, sequence_group)
-        return Tally.stack(first, *(tally_losses(kind, weight) for kind in kinds[1:])) if kinds[1:] else first
+        per_token = tally_losses(batch.per_token, sequence_group)
+        return per_token if batch.per_byte is None else Tally.stack(per_token, tally_losses(batch.per_byte))
 
 
 def group_scored(
-    kinds: list[TargetLosses],
-    group: Tensor,
-    target: Tensor,
-    options: LossOptions,
-    num_groups: int,
-    fix: str,
+    batch: ScoredBatch, group: Tensor, target: Tensor, options: LossOptions, num_groups: int, fix: str
 ) -> list[GroupTally]:
-    """Tally what `score_batch` returns by group, each kind for itself; `fix` says what to do about a wrong group."""
+    """Tally a batch that was scored by group, per token and per byte; `fix` says what to do about a wrong group."""
     with torch.no_grad():
-        group = _as_group(group, target, options, kinds[0])
-        _raise_groupless(kinds[0], None, group, num_groups, fix)
-        return [tally_groups(kind, None, group, num_groups) for kind in kinds]
+        groups = as_groups(group, target, options, batch.per_token, num_groups, fix)
+        return [tally_groups(losses, groups, num_groups) for losses in batch if losses is not None]
 
 
 def tally_per_byte(
@@ -134,21 +92,22 @@ def tally_per_byte(
             f"{'neither' if num_bytes is None else 'both'}; pass the table once, or the bytes with every batch."
         )
     with torch.no_grad():
-        losses, weight = _score(preds, target, weight, options)
+        losses, weights = score_unweighted(preds, target, weight, options)
         if token_bytes is not None:
-            losses = _per_byte(losses, target, options, token_bytes)
-            raise_invalid(losses, weight, preds, target, options, len(token_bytes))
-            return tally_losses(losses, weight)
+            losses = per_byte_losses(losses, target, options, token_bytes).weighted(weights)
+            raise_mistakes(losses, preds, target, options, weights, len(token_bytes))
+            return tally_losses(losses)
         assert num_bytes is not None
-        check_num_bytes(num_bytes, losses.loss, raises_now(losses.loss))
-        raise_invalid(losses, weight, preds, target, options)
+        check_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
+        losses = losses.weighted(weights)
+        raise_mistakes(losses, preds, target, options, weights)
         if isinstance(num_bytes, Tensor):
             each = num_bytes.to(torch.int64)
         else:  # Not as_tensor, of which compiled code makes a constant.
             within = max(-1, min(num_bytes, BYTES_LIMIT))
             each = torch.full((), within, dtype=torch.int64, device=losses.loss.device)
         invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
-        return tally_losses(losses, weight).with_weight(torch.where(invalid, -1, each.sum()))
+        return tally_losses(losses).with_weight(torch.where(invalid, -1, each.sum()))
 
 
 def tally_grouped(
@@ -162,11 +121,10 @@ def tally_grouped(
 ) -> GroupTally:
     """Tally a batch by group."""
     with torch.no_grad():
-        losses, weight = _score(preds, target, weight, options, class_weight)
-        group = _as_group(group, target, options, losses)
-        raise_invalid(losses, weight, preds, target, options)
-        _raise_groupless(losses, weight, group, num_groups)
-        return tally_groups(losses, weight, group, num_groups)
+        losses = score_batch(preds, target, weight, options, class_weight).per_token
+        fix = "raise `num_groups`, or mask their targets with `weight`"
+        groups = as_groups(group, target, options, losses, num_groups, fix)
+        return tally_groups(losses, groups, num_groups)
 
 
 def tally_by_class(
@@ -174,17 +132,17 @@ def tally_by_class(
 ) -> GroupTally:
     """Tally a batch by the class of its targets."""
     with torch.no_grad():
-        losses, weight = _score(preds, target, weight, options)
+        losses, weights = score_unweighted(preds, target, weight, options)
         check_hard(target, "the frequencies of classes are counted")
         if options.input != "losses" and preds.shape[options.class_dim] != num_classes:
             raise ValueError(
                 f"`preds` must have `num_classes`={num_classes} classes on dimension {options.class_dim}, got shape "
                 f"{tuple(preds.shape)}; binary logits x are the two columns [0, x]."
             )
-        index = _per_target(as_index(target), target.shape, options, losses)
-        losses = losses.within(index, num_classes)
-        raise_invalid(losses, weight, preds, target, options, num_classes)
-        return tally_groups(losses, weight, index, num_classes)
+        index = per_target(as_index(target), target.shape, options, losses)
+        losses = losses.within(index, num_classes).weighted(weights)
+        raise_mistakes(losses, preds, target, options, weights, num_classes)
+        return tally_groups(losses, index, num_classes)
 
 
 def tally_decomposition(
@@ -196,14 +154,14 @@ def tally_decomposition(
     a reading may leave out the same targets from both.
     """
     with torch.no_grad():
-        losses, weight = _score(preds, target, weight, options)
-        raise_invalid(losses, weight, preds, target, options)
-        entropies = losses._replace(loss=target_entropies(preds, target, options).view_as(losses.loss))
-        weighted = losses.loss if weight is None or weight.dtype == torch.bool else losses.loss * weight
-        finite = weighted.abs() < LIMIT
-        left_out = (any_of(losses.ignored, part) for part in (~finite, finite))
-        parts = (losses, *(entropies._replace(ignored=ignored) for ignored in left_out))
-        return Tally.stack(*(tally_losses(part, weight) for part in parts))
+        unweighted, weights = score_unweighted(preds, target, weight, options)
+        losses = unweighted.weighted(weights)
+        raise_mistakes(losses, preds, target, options, weights)
+        loss = target_entropies(preds, target, options).view_as(losses.loss)
+        entropies = losses._replace(loss=loss if losses.denominator is None else loss * losses.denominator)
+        finite = losses.loss.abs() < LIMIT
+        parts = (losses, *(entropies.marked(IGNORED, left_out) for left_out in (~finite, finite)))
+        return Tally.stack(*(tally_losses(part) for part in parts))
 
 
 def tally_difference(
@@ -217,12 +175,12 @@ def tally_difference(
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with torch.no_grad():
         with _called("preds_a"):
-            first, rows = _score(preds_a, target, weight, options)
-            raise_invalid(first, rows, preds_a, target, options)
+            first, weights = score_unweighted(preds_a, target, weight, options)
+            raise_mistakes(first.weighted(weights), preds_a, target, options, weights)
         with _called("preds_b"):
-            second, weight = _score(preds_b, target, weight, options)
-            raise_invalid(second, weight, preds_b, target, options)
-        return tally_losses(difference(first, second), weight, sequence_group)
+            second, weights = score_unweighted(preds_b, target, weight, options)
+            raise_mistakes(second.weighted(weights), preds_b, target, options, weights)
+        return tally_losses(difference(first, second).weighted(weights), sequence_group)
 
 
 def tally_binary(
@@ -231,10 +189,10 @@ def tally_binary(
     """Tally a batch of binary predictions."""
     with torch.no_grad():
         losses = binary_losses(preds, target, options, pos_weight)
-        if weight is not None:
-            weight = _as_weight(weight, target.shape, LossOptions(), losses)
-        raise_invalid(losses, weight, preds, target, options)
-        return tally_losses(losses, weight)
+        weights = None if weight is None else as_weights(weight, target.shape, LossOptions(), losses)
+        losses = losses.weighted(weights)
+        raise_mistakes(losses, preds, target, options, weights)
+        return tally_losses(losses)
 
 
 @contextmanager
@@ -244,167 +202,3 @@ def _called(name: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace("`preds`", f"`{name}`")) from None
-
-
-def _score(
-    preds: Tensor | LinearLogits,
-    target: Tensor,
-    weight: Tensor | None,
-    options: LossOptions,
-    class_weight: Tensor | None = None,
-) -> tuple[TargetLosses, Tensor | None]:
-    """Return the loss of every target that there is, and its weight."""
-    losses = target_losses(preds, target, options, class_weight)
-    if weight is not None:
-        weight = _as_weight(weight, target_shape(target, options), options, losses)
-    return losses, weight
-
-
-def _as_group(group: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses) -> Tensor:
-    """Broadcast groups to the losses."""
-    shape = target_shape(target, options)
-    check_group(group, shape, losses.loss)
-    return _per_target(as_index(group), shape, options, losses)
-
-
-def _per_byte(losses: TargetLosses, target: Tensor, options: LossOptions, token_bytes: Tensor) -> TargetLosses:
-    check_hard(target, "tokens stand for bytes, distributions do not")
-    check_device("token_bytes", token_bytes, losses.loss)
-    return losses.per_byte(_per_target(as_index(target), target.shape, options, losses), token_bytes)
-
-
-def target_shape(target: Tensor, options: LossOptions) -> torch.Size:
-    """Return the shape of the losses before a shift: target's, without the class dimension of soft targets."""
-    return without(target.shape, options.class_dim) if target.is_floating_point() else target.shape
-
-
-def _per_target(values: Tensor, shape: torch.Size, options: LossOptions, losses: TargetLosses) -> Tensor:
-    """Give every loss its value, from a tensor that is broadcastable to target's shape."""
-    return options.aligned(values.expand(shape)).reshape(losses.loss.shape)
-
-
-def _as_weight(weight: Tensor, shape: torch.Size, options: LossOptions, losses: TargetLosses) -> Tensor:
-    """Broadcast weights to the losses, in a dtype in which their product is (all but) exact."""
-    check_weight(weight, shape, losses.loss)
-    if weight.dtype != torch.bool:
-        weight = weight.to(widest_float(weight.device))
-    return _per_target(weight, shape, options, losses)
-
-
-def raise_invalid(
-    losses: TargetLosses,
-    weight: Tensor | None,
-    preds: Tensor | LinearLogits,
-    target: Tensor,
-    options: LossOptions | BinaryOptions,
-    num_ids: int | None = None,
-    counted: bool = True,
-) -> None:
-    """Raise, where that is free, if a target that would be scored, its probabilities or its weight are invalid.
-
-    What is `counted` raises on all ranks when it is read, and therefore not now if there are several.
-    """
-    valued = weight is not None and weight.dtype != torch.bool
-    if losses.out_of_range is None and losses.improper is None and not valued:
-        return
-    if not (raises_now if counted else free_to_look)(losses.loss):
-        return
-    looked_at = _looked_at(losses, weight)
-    wrong = _where_looked_at(losses.out_of_range, looked_at)
-    if wrong is not None:
-        raise ValueError(_explain_target(wrong.view(-1), preds, target, options, num_ids))
-    improper = _where_looked_at(losses.improper, looked_at)
-    if improper is not None:
-        raise ValueError(
-            f"`preds` must hold probabilities in [0, 1] with `input='probs'`, got {int(improper.sum())} targets for "
-            "which they are not; pass input='logits' if they are scores."
-        )
-    if weight is not None and valued:
-        low, high = extremes(at_hand(weight))
-        if low >= 0 and high < WEIGHT_LIMIT:
-            return
-        invalid = ~((weight > 0) & (weight < WEIGHT_LIMIT))
-        invalid = weight[invalid if looked_at is None else invalid & looked_at]
-        if invalid.numel():
-            raise ValueError(
-                f"`weight` must hold finite numbers that are not negative (and below 2**47), got {invalid.numel()} "
-                f"that are not, such as {invalid[0].item()}; use 0 or False for targets that are not to be scored."
-            )
-
-
-def _looked_at(losses: TargetLosses, weight: Tensor | None) -> Tensor | None:
-    """Say which targets are to be scored, if nothing is wrong with them; None for all."""
-    left_out = any_of(losses.ignored, None if weight is None else weight == 0)
-    return None if left_out is None else ~left_out
-
-
-def _where_looked_at(mask: Tensor | None, looked_at: Tensor | None) -> Tensor | None:
-    """Say where a mask is true for targets that are to be scored; None for nowhere."""
-    if mask is None or not mask.any():
-        return None
-    mask = mask if looked_at is None else mask & looked_at
-    return mask if mask.any() else None
-
-
-def _explain_target(
-    outside: Tensor,
-    preds: Tensor | LinearLogits,
-    target: Tensor,
-    options: LossOptions | BinaryOptions,
-    num_ids: int | None,
-) -> str:
-    """Say what targets must be, and show one of those that are not."""
-    number = int(outside.sum())
-    if isinstance(options, BinaryOptions):
-        example = target.reshape(-1)[outside][0].item()
-        return (
-            f"`target` must hold 0 and 1, or soft labels between them{_or_ignored(options)}, got {number} that are "
-            f"neither, such as {example}; {_fix(example, 'more than two classes go to CrossEntropy')}."
-        )
-    target = shifted(preds, target, options)[1]
-    if target.is_floating_point():
-        row = target.movedim(options.class_dim, -1).reshape(len(outside), -1)[outside][0].double()
-        return (
-            f"`target` must hold, as soft targets, probabilities in [0, 1] with a sum of 1, got {number} that do not, "
-            f"such as one with a sum of {row.sum().item():.6g} and a least entry of {row.min().item():.6g}; divide "
-            "them by their sum, or mask them with `weight`."
-        )
-    example = target.reshape(-1)[outside][0].item()
-    fix = _fix(example, "check the vocabulary size")
-    limit = preds.shape[options.class_dim] if options.input != "losses" else num_ids
-    if num_ids is not None and limit is not None and num_ids <= example < limit:
-        fix = f"`token_bytes` has {num_ids} entries for {limit} classes: make it of this vocabulary, or pad it with 0"
-    limit = limit if num_ids is None or limit is None else min(limit, num_ids)
-    return (
-        f"`target` must hold class indices in [0, {limit}){_or_ignored(options)}, got {number} that are neither, such "
-        f"as {example}; {fix}."
-    )
-
-
-def _or_ignored(options: LossOptions | BinaryOptions) -> str:
-    return f" or ignore_index={options.ignore_index}"
-
-
-def _fix(example: float, otherwise: str) -> str:
-    """Say what to do about a target: negative integers usually mark what is to be left out."""
-    marks = example < 0 and math.isfinite(example) and example == int(example)
-    return f"pass ignore_index={int(example)} if it marks targets to leave out" if marks else otherwise
-
-
-def _raise_groupless(
-    losses: TargetLosses,
-    weight: Tensor | None,
-    group: Tensor,
-    num_groups: int,
-    fix: str = "raise `num_groups`, or mask their targets with `weight`",
-) -> None:
-    if not raises_now(group):
-        return
-    looked_at = _looked_at(losses, weight)
-    bad = (group < 0) | (group >= num_groups)
-    bad = group[bad if looked_at is None else bad & looked_at]
-    if bad.numel():
-        raise ValueError(
-            f"`group` must hold integers in [0, {num_groups}), got {bad.numel()} that are not, such as "
-            f"{bad[0].item()}; {fix}."
-        )

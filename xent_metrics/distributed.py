@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def is_distributed() -> bool:
-    """Say whether there are other ranks."""
+    """Return whether there are other ranks."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
@@ -46,14 +46,14 @@ def max_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return largest
 
 
-def unrepeated(sampler: DistributedSampler[Any], start: int, num_samples: int) -> int:
-    """Count the samples that are no repetition, of those that a rank draws from position `start` on.
+def num_unpadded_samples(sampler: DistributedSampler[Any], start: int, num_samples: int) -> int:
+    """Count the samples of a batch that are not sampler padding.
 
     `DistributedSampler` draws some samples twice where their number is no multiple of the number of ranks, so that all
     ranks have equally many. What it repeats comes last on each rank, so the first samples of a batch are the ones to
     score, as many as this says:
 
-        keep = unrepeated(loader.sampler, start=batch_idx * batch_size, num_samples=len(target))
+        keep = num_unpadded_samples(loader.sampler, start=batch_idx * batch_size, num_samples=len(target))
         metric.update(logits[:keep], target[:keep])
 
     Args:
@@ -82,17 +82,17 @@ class VocabShard(NamedTuple):
         logits: Of all the rows, and of the classes `[offset, offset + number of them)`.
         offset: The first class.
         group: The ranks that have the other classes.
-        misfit: Why these are not the classes that this rank should have; empty if they are.
+        mismatch: Why these are not the classes that this rank should have; empty if they are.
     """
 
     logits: Tensor
     offset: int
     group: ProcessGroup
-    misfit: str
+    mismatch: str
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """Say whether a tensor is spread over ranks, without importing what would be needed to ask its class."""
+    """Return whether a tensor is spread over ranks, without importing what would be needed to ask its class."""
     return type(x) is not Tensor and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
@@ -117,7 +117,7 @@ def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:
     size = -(-num_classes // num_ranks)
     offset = min(preds.device_mesh.get_local_rank(mesh_dim) * size, num_classes)
     expected = min(size, num_classes - offset)
-    misfit = ""
+    mismatch = ""
     if logits.shape[class_dim] != expected:  # Not raised here: the other ranks would wait for this one.
-        misfit = f", here {expected} of {num_classes} classes, got {logits.shape[class_dim]}"
-    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim), misfit)
+        mismatch = f", here {expected} of {num_classes} classes, got {logits.shape[class_dim]}"
+    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim), mismatch)

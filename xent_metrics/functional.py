@@ -12,9 +12,17 @@ import math
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
+from xent_metrics import _runtime
+from xent_metrics._validate import (
+    as_token_table,
+    check_class_weight,
+    check_distributions,
+    check_num_classes,
+    check_omitted_bytes,
+    check_pos_weight,
+)
 from xent_metrics.batch import (
     decomposed,
-    raise_invalid,
     tally_batch,
     tally_binary,
     tally_by_class,
@@ -22,29 +30,22 @@ from xent_metrics.batch import (
     tally_difference,
     tally_grouped,
     tally_per_byte,
-    target_shape,
-)
-from xent_metrics.checks import (
-    as_token_table,
-    check_class_weight,
-    check_distributions,
-    check_num_classes,
-    check_omitted_bytes,
-    check_pos_weight,
-    free_to_look,
-    raises_now,
 )
 from xent_metrics.distributed import is_distributed
-from xent_metrics.kernels import Backend, Input
-from xent_metrics.losses import (
+from xent_metrics.losses.dense import target_losses
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.mistakes import raise_mistakes
+from xent_metrics.losses.options import (
+    Backend,
     BinaryInput,
     BinaryOptions,
-    LinearLogits,
+    Input,
     LossOptions,
     SmoothingOver,
     convert_label_smoothing,
-    target_losses,
 )
+from xent_metrics.losses.score import target_shape
+from xent_metrics.losses.target_losses import IGNORED, SCORED
 from xent_metrics.readings import (
     DIFFERENCE,
     DeviceReading,
@@ -56,7 +57,7 @@ from xent_metrics.readings import (
     check_valid,
     decomposition,
 )
-from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.tally.tally import GroupTally, Tally
 
 __all__ = [
     "binary_cross_entropy",
@@ -350,10 +351,10 @@ def per_target_losses(
     options = LossOptions(input, class_dim, label_smoothing, ignore_index, eps, label_smoothing_over, backend=backend)
     check_class_weight(class_weight, input)
     losses = target_losses(preds, target, options, class_weight)
-    raise_invalid(losses, None, preds, target, options, counted=False)
-    loss = losses.loss
-    for mask, value in ((losses.out_of_range, math.nan), (losses.improper, math.nan), (losses.ignored, 0.0)):
-        loss = loss if mask is None else loss.masked_fill(mask, value)
+    raise_mistakes(losses, preds, target, options, counted=False)
+    loss, status = losses.loss, losses.status
+    if status is not None:
+        loss = loss.masked_fill(status == IGNORED, 0.0).masked_fill((status != SCORED) & (status != IGNORED), math.nan)
     return loss.reshape(target_shape(target, options))
 
 
@@ -386,10 +387,10 @@ def tally(
 
 def _read(batch: Tally | GroupTally, nan_policy: NanPolicy, confidence: float = 0.95) -> DeviceReading:
     """Read the tally of a batch; raise on losses that are not finite where that is asked for, and free."""
-    counted = is_distributed() and free_to_look(batch.state)  # Instead of raised already.
-    if counted or (nan_policy == "raise" and raises_now(batch.state)):
+    counted = is_distributed() and _runtime.can_read_values(batch.state)  # Instead of raised already.
+    if counted or (nan_policy == "raise" and _runtime.raises_eagerly(batch.state)):
         if isinstance(batch, GroupTally):
-            totals, groupless = batch.overall().totals(), int(batch.groupless_on_device())
+            totals, groupless = batch.overall().totals(), int(batch.num_groupless())
         else:
             totals, groupless = batch.totals(), 0
         check_valid(totals, groupless, kept=False)

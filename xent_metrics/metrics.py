@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
+from xent_metrics._validate import (
+    as_token_table,
+    check_class_weight,
+    check_distributions,
+    check_num_classes,
+    check_omitted_bytes,
+    check_pos_weight,
+    on_host,
+)
 from xent_metrics.batch import (
     decomposed,
     tally_binary,
@@ -21,17 +30,8 @@ from xent_metrics.batch import (
     tally_grouped,
     tally_per_byte,
 )
-from xent_metrics.checks import (
-    as_token_table,
-    check_class_weight,
-    check_distributions,
-    check_num_classes,
-    check_omitted_bytes,
-    check_pos_weight,
-    on_host,
-)
-from xent_metrics.kernels import Backend, Input
-from xent_metrics.losses import BinaryInput, BinaryOptions, LinearLogits, LossOptions, SmoothingOver
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.options import Backend, BinaryInput, BinaryOptions, Input, LossOptions, SmoothingOver
 from xent_metrics.readings import (
     DIFFERENCE,
     DeviceReading,
@@ -42,7 +42,7 @@ from xent_metrics.readings import (
     check_unit,
     decomposition,
 )
-from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.tally.tally import GroupTally, Tally
 from xent_metrics.tally_metric import LossMetric, TallyMetric
 
 if TYPE_CHECKING:

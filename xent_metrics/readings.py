@@ -17,13 +17,13 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from xent_metrics.checks import namespace
-from xent_metrics.exact import FRACTION_BITS, widest_float
-from xent_metrics.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tally, Totals
+from xent_metrics import _runtime
+from xent_metrics.losses.mistakes import CLASS_TARGETS, MISTAKES, counted_mistake
+from xent_metrics.tally.limbs import FRACTION_BITS
+from xent_metrics.tally.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Unit = Literal["nats", "bits"]
@@ -61,9 +61,6 @@ def check_unit(unit: Unit) -> None:
         raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
 
 
-CLASS_TARGETS = "class indices in [0, number of classes), or soft targets: probabilities in [0, 1] with a sum of 1"
-
-
 def check_valid(
     totals: Totals, groupless: int = 0, kept: bool = True, targets: str = CLASS_TARGETS, weights: str = "`weight`"
 ) -> None:
@@ -76,27 +73,10 @@ def check_valid(
         targets: What targets must be.
         weights: What the denominator is made of.
     """
-    again = "then call reset(): this repeats until then." if kept else "and call again."
-    if totals.out_of_range:
-        raise ValueError(
-            f"`target` must hold {targets}, but {totals.out_of_range} targets were outside; map them to "
-            f"`ignore_index`, or mask them with `weight`, {again}"
-        )
-    if totals.improper:
-        raise ValueError(
-            f"`preds` must hold probabilities in [0, 1] with `input='probs'`, but those of {totals.improper} targets "
-            f"did not; pass input='logits' if they are scores, {again}"
-        )
-    if totals.invalid_weight:
-        raise ValueError(
-            f"{weights} must hold finite numbers that are not negative, but {totals.invalid_weight} were not; mend "
-            f"them, {again}"
-        )
-    if groupless:
-        raise ValueError(
-            f"`group` must hold integers in [0, num_groups), but {groupless} scored targets had others; mend them, or "
-            f"mask their targets with `weight`, {again}"
-        )
+    counts = {**totals._asdict(), "groupless": groupless}
+    for mistake in MISTAKES:
+        if counts[mistake.count]:
+            raise ValueError(counted_mistake(mistake, counts[mistake.count], kept, targets, weights))
 
 
 @dataclass(frozen=True)
@@ -223,8 +203,6 @@ class DeviceReading:
         tally: The tally, or one of groups: `cross_entropy` and `bits_per_token` are then one value a group.
         nan_policy: As in `ExactReading`.
         confidence: As in `ExactReading`.
-        quick: Compute with numbers of NumPy instead of tensors, and return those, where that is free. It is the same
-            arithmetic; NumPy should be told not to warn of divisions by zero.
     """
 
     def __init__(
@@ -232,13 +210,12 @@ class DeviceReading:
         tally: Tally | GroupTally,
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
-        quick: bool = False,
     ) -> None:
         self.tally = tally
         self.nan_policy = nan_policy
         self.confidence = confidence
-        self.sums = tally.sums_on_device(widest_float(tally.state.device), quick)
-        self.counts = tally.counts_on_device(quick)
+        self.sums = tally.float_sums(_runtime.widest_float(tally.state.device))
+        self.counts = tally.counts()
         self.cross_entropy: Tensor = self._mean(self.sums["loss"], self.sums["weight"])
         self._stderr: Any = None  # Not cached properties, whose lock compiled code cannot take.
         self._margin: Any = None
@@ -255,7 +232,7 @@ class DeviceReading:
             mean = _replace(mean, (self.num_nonfinite > 0).any(), math.nan)
         invalid = count["out_of_range"] + count["improper"] + count["invalid_weight"]
         if isinstance(self.tally, GroupTally):
-            invalid = invalid + self.tally.groupless_on_device()
+            invalid = invalid + self.tally.num_groupless()
         return _replace(mean, invalid > 0, math.nan)
 
     @property
@@ -282,12 +259,12 @@ class DeviceReading:
         return stderr
 
     def _compute_stderr(self) -> Any:
-        mean, sums, xp = self.cross_entropy, self.sums, namespace(self.cross_entropy)
+        mean, sums = self.cross_entropy, self.sums
         count = self.counts["sequences"]
         squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
-        stderr = xp.sqrt(squares.clip(min=0) * count / (count - 1)) / sums["weight"]
+        stderr = torch.sqrt(squares.clip(min=0) * count / (count - 1)) / sums["weight"]
         too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-        invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~xp.isfinite(mean)
+        invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~torch.isfinite(mean)
         return _replace(stderr, invalid, math.nan)
 
     @property
@@ -324,7 +301,7 @@ class DeviceReading:
         weight = self.sums["weight"]
         entropy = torch.special.entr(weight / weight.sum()).sum()
         value = torch.where(overall.isinf(), overall, (overall / entropy).masked_fill(entropy == 0, math.nan))
-        return value.masked_fill(self.tally.groupless_on_device() > 0, math.nan)
+        return value.masked_fill(self.tally.num_groupless() > 0, math.nan)
 
     @property
     def num_tokens(self) -> Tensor:
@@ -445,14 +422,13 @@ def decomposition(total: Any, entropy: Any) -> dict[str, Any]:
 
 
 def _exp_on_device(x: Tensor) -> Tensor:
-    """Return `exp(x)` of a tensor, or of a number."""
-    value: Tensor = namespace(x).exp(x)
-    return value
+    """Return `exp(x)` of a tensor."""
+    return x.exp()
 
 
 def _replace(x: Any, where: Any, value: float) -> Any:
-    """Replace a tensor where a condition holds, or a number if it does."""
-    return x.masked_fill(where, value) if isinstance(x, Tensor) else np.float64(value) if where else x
+    """Replace a tensor where a condition holds."""
+    return x.masked_fill(where, value)
 
 
 def normal_quantile(confidence: float) -> float:

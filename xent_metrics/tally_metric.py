@@ -19,19 +19,21 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from xent_metrics import _runtime
+from xent_metrics._validate import describe
 from xent_metrics.batch import tally_batch
-from xent_metrics.checks import advice, describe
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
-from xent_metrics.exact import widest_float
-from xent_metrics.losses import BinaryOptions, LinearLogits, LossOptions
+from xent_metrics.losses.input_hint import input_mismatch_hint
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.mistakes import CLASS_TARGETS
+from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.readings import (
-    CLASS_TARGETS,
     DeviceReading,
     NanPolicy,
     check_reading,
     read_exactly,
 )
-from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
+from xent_metrics.tally.tally import GroupTally, Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -189,9 +191,8 @@ class TallyMetric(Metric):
         return value
 
     def _read_quickly(self, batch: Any) -> Any:
-        with np.errstate(all="ignore"):  # Where a tensor would be NaN or infinite, so is a number.
-            parts = self._parts(batch)
-            return self._read(*(DeviceReading(part, self.nan_policy, self.confidence, quick=True) for part in parts))
+        parts = self._parts(batch)
+        return self._read(*(DeviceReading(part, self.nan_policy, self.confidence) for part in parts))
 
     def compute(self) -> Any:
         """Read the tally, of all ranks together; see the class for what the numbers mean.
@@ -294,7 +295,7 @@ class TallyMetric(Metric):
             return  # What a matmul makes are no probabilities.
         class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
         self._looked_at_preds |= preds.numel() > 0
-        found = advice(preds, self.options.input, class_dim)
+        found = input_mismatch_hint(preds, self.options.input, class_dim)
         if found:
             rank_zero_warn(f"`preds` {found}", UserWarning)
 
@@ -314,12 +315,12 @@ class TallyMetric(Metric):
         """Move a number, or one a group, to the device."""
         if isinstance(value, Tensor):
             return value
-        return torch.tensor(value, dtype=widest_float(self.device), device=self.device)
+        return torch.tensor(value, dtype=_runtime.widest_float(self.device), device=self.device)
 
     def _as_tensors(self, values: dict[str, Any]) -> dict[str, Tensor]:
         """Move Python numbers to the device, floats in one copy and integers in another."""
         moved: dict[str, Tensor] = {}
-        for kinds, dtype in ((float, widest_float(self.device)), ((int, np.integer), torch.int64)):
+        for kinds, dtype in ((float, _runtime.widest_float(self.device)), ((int, np.integer), torch.int64)):
             names = [name for name, value in values.items() if isinstance(value, kinds)]
             if names:  # None where the reading is on the device already.
                 numbers = torch.from_numpy(np.array([values[name] for name in names])).to(self.device, dtype)

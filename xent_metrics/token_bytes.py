@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent_metrics.checks import as_token_table, describe
+from xent_metrics._validate import as_token_table, describe
 
 # GPT-2's alphabet of bytes: a printable character of Latin-1 is its own byte, the other 68 bytes follow from U+0100.
 _BYTE_LEVEL_ALPHABET = frozenset(map(chr, [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x144)]))

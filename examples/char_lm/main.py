@@ -18,7 +18,7 @@ from model import CharModel
 from torch import Tensor
 
 from xent_metrics import BitsPerToken
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 
 
 class CharCLI(LightningCLI):

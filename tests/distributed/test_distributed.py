@@ -44,10 +44,11 @@ from xent_metrics import (
     Tally,
     compute_together,
     functional,
-    unrepeated,
+    num_unpadded_samples,
 )
 from xent_metrics.readings import ExactReading
-from xent_metrics.tally import COUNTS, GROUP_SIZE, STATE_SIZE, tally_mean
+from xent_metrics.tally import tally_mean
+from xent_metrics.tally.tally import COUNTS, GROUP_SIZE, STATE_SIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -1017,7 +1018,7 @@ def test_samples_that_a_sampler_repeats(shuffle: bool, drop_last: bool) -> None:
                 drawn += own
                 for start in range(0, len(own), batch_size):
                     batch = own[start : start + batch_size]
-                    keep = unrepeated(sampler, start=start, num_samples=len(batch))
+                    keep = num_unpadded_samples(sampler, start=start, num_samples=len(batch))
 
                     assert 0 <= keep <= len(batch)
                     kept += batch[:keep]
@@ -1236,8 +1237,8 @@ def test_compute_together_goes_by_name(tmp_path: Path) -> None:
 def test_what_unrepeated_refuses() -> None:
     """Another sampler, or a position before the first."""
     with pytest.raises(TypeError, match="`sampler` must be a DistributedSampler, got RandomSampler"):
-        unrepeated(torch.utils.data.RandomSampler(range(3)), 0, 1)
+        num_unpadded_samples(torch.utils.data.RandomSampler(range(3)), 0, 1)
     sampler = torch.utils.data.DistributedSampler(range(3), num_replicas=2, rank=0)
     for start, number in ((-1, 1), (0, -1)):
         with pytest.raises(ValueError, match=f"must not be negative, got {start} and {number}"):
-            unrepeated(sampler, start, number)
+            num_unpadded_samples(sampler, start, number)

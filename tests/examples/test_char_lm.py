@@ -149,7 +149,7 @@ def test_wrong_model_arguments_are_named(arguments, error) -> None:
 def test_every_configuration_parses(tmp_path, names) -> None:
     """A configuration that the command line would refuse does not get in."""
     printed = run_cli(tmp_path, *map(config, names), "--print_config").stdout
-    assert "xent_metrics.callback.CrossEntropyMonitor" in printed
+    assert "xent_metrics.lightning.CrossEntropyMonitor" in printed
 
 
 def test_a_misspelt_option_is_refused(tmp_path) -> None:

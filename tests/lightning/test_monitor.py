@@ -56,7 +56,7 @@ from tests.lightning.fits import (
     second_head,
     with_all,
 )
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
@@ -279,7 +279,7 @@ def test_a_sanity_check_leaves_no_trace(tmp_path) -> None:
     trainer.fit(Model(), ragged_loader(NUM_TRAIN), ragged_loader(3))
     assert monitored(trainer, "val/") == {}
     assert not [tag for tag in logged(trainer) if tag.startswith("val/")]
-    assert math.isnan(monitor.state_dict()["best"])
+    assert math.isnan(monitor.state_dict()["best_bits_per_token"])
 
 
 def test_validation_and_test_by_themselves_are_no_part_of_a_fit(tmp_path) -> None:
@@ -306,9 +306,9 @@ def test_validation_and_test_by_themselves_are_no_part_of_a_fit(tmp_path) -> Non
     evaluate(7)
     assert_points(logged(trainer), expected.points)
     after = monitor.state_dict()
-    assert state["best"] == after["best"] == expected_best(module, 2)
-    for name in ("earlier", "epoch"):
-        assert all(map(torch.equal, state[name], after[name]))
+    assert state["best_bits_per_token"] == after["best_bits_per_token"] == expected_best(module, 2)
+    for name in ("reduced_not_logged", "epoch"):
+        assert all(map(torch.equal, state["tallies"][name], after["tallies"][name]))
 
 
 def expected_best(module: Model, *which: int) -> Any:
@@ -450,10 +450,66 @@ def test_another_fit_begins_with_no_best(tmp_path) -> None:
         ragged_loader(2),
         ragged_loader(2),
     )
-    assert monitor.state_dict()["best"] == 0
+    assert monitor.state_dict()["best_bits_per_token"] == 0
     module, trainer = Model(), make_trainer(tmp_path, monitor, max_epochs=1)
     trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
     assert monitored(trainer)["val/best_bits_per_token"] == expected_best(module, 0)
+
+
+def state_of_a_fit(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """Return the state of a monitor in the middle of a window and an epoch."""
+    monitor = CrossEntropyMonitor(**options)
+    make_trainer(tmp_path, monitor, max_epochs=1, log_every_n_steps=4).fit(
+        Model(adapt=with_all), ragged_loader(NUM_TRAIN), ragged_loader(3)
+    )
+    return monitor.state_dict()
+
+
+def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compare every tally, bit for bit."""
+    assert actual["version"] == expected["version"] == 1
+    assert actual["best_bits_per_token"] == expected["best_bits_per_token"]
+    assert actual["tallies"].keys() == expected["tallies"].keys() == {"reduced_not_logged", "epoch", "run_total"}
+    for name, states in expected["tallies"].items():
+        assert len(actual["tallies"][name]) == len(states)
+        assert all(map(torch.equal, actual["tallies"][name], states)), name
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": ["even", "odd"], "token_bytes": [1] * K}], ids=["", "everything"])
+def test_a_state_of_this_version_and_one_of_0_1_0_load_as_the_same(tmp_path, options) -> None:
+    """Release 0.1.0 saved no version, and other names."""
+    state = state_of_a_fit(tmp_path, **options)
+    tallies = state["tallies"]
+    assert tallies["reduced_not_logged"][0].any()
+    old = {"earlier": tallies["reduced_not_logged"], "epoch": tallies["epoch"], "seen": tallies["run_total"]}
+    for saved in (state, old | {"best": state["best_bits_per_token"]}):
+        monitor = CrossEntropyMonitor(**options)
+        monitor.load_state_dict(saved)
+        assert_equal_states(monitor.state_dict(), state)
+
+
+def test_a_state_that_cannot_be_loaded_says_why_and_changes_nothing(tmp_path) -> None:
+    """Of another version, incomplete, or of other groups or bytes."""
+    state, plain = state_of_a_fit(tmp_path / "one"), CrossEntropyMonitor()
+    without_epoch = {name: each for name, each in state["tallies"].items() if name != "epoch"}
+    for message, wrong in {
+        r"of version 1.* got version 2; load it with the release": state | {"version": 2},
+        r"of version 1.* got version None": {},
+        r"got version None; ": {"earlier": [], "epoch": [], "best": 0.0},
+        r"got none of \['best_bits_per_token'\]": {"version": 1, "tallies": state["tallies"]},
+        r"got none of \['tallies'\]": {"version": 1, "best_bits_per_token": 0.0},
+        r"got none of \['tallies.epoch'\]": state | {"tallies": without_epoch},
+    }.items():
+        with pytest.raises(ValueError, match=f"`state_dict` must .*{message}"):
+            plain.load_state_dict(wrong)
+    other = state_of_a_fit(tmp_path / "other", groups=["even", "odd"])
+    for options in ({}, {"groups": ["even", "odd", "more"]}, {"token_bytes": [1] * K}):
+        with pytest.raises(ValueError, match=r"`state_dict` must hold tallies of shapes .* with the `groups` and the"):
+            CrossEntropyMonitor(**options).load_state_dict(other)
+    for options in ({"groups": ["even", "odd"]}, {"token_bytes": [1] * K}):
+        with pytest.raises(ValueError, match=r"tallies of shapes \[.*\] as 'reduced_not_logged', got \["):
+            CrossEntropyMonitor(**options).load_state_dict(state)
+    assert not any(tally.any() for tallies in plain.state_dict()["tallies"].values() for tally in tallies)
 
 
 # Other callbacks, and other instances.
@@ -481,7 +537,9 @@ def test_two_monitors_read_two_heads(tmp_path) -> None:
     again = [CrossEntropyMonitor(second_head, prefix="b/"), CrossEntropyMonitor()]
     trainer = make_trainer(tmp_path / "again", *again, max_epochs=1)
     trainer.fit(Model(adapt=with_all), ragged_loader(NUM_TRAIN), ragged_loader(3), ckpt_path=tmp_path / "both.ckpt")
-    assert again[0].state_dict()["best"] == pytest.approx(3 * again[1].state_dict()["best"])
+    assert again[0].state_dict()["best_bits_per_token"] == pytest.approx(
+        3 * again[1].state_dict()["best_bits_per_token"]
+    )
 
 
 def test_two_monitors_of_one_prefix_are_refused(tmp_path) -> None:
@@ -1209,7 +1267,7 @@ def write_config(tmp_path: Path, callbacks: list[dict[str, Any]], model: dict[st
 
 def described(**init_args: Any) -> dict[str, Any]:
     """Return what a configuration says of the monitor."""
-    return {"class_path": "xent_metrics.callback.CrossEntropyMonitor", "init_args": init_args}
+    return {"class_path": "xent_metrics.lightning.CrossEntropyMonitor", "init_args": init_args}
 
 
 ARGUMENTS = {
@@ -1271,7 +1329,7 @@ def test_no_index_may_be_ignored(tmp_path) -> None:
 def test_the_monitor_is_appended_on_the_command_line(tmp_path) -> None:
     """`callbacks+=` adds to those of a configuration."""
     config = write_config(tmp_path, [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"}])
-    added = "--trainer.callbacks+=xent_metrics.callback.CrossEntropyMonitor"
+    added = "--trainer.callbacks+=xent_metrics.lightning.CrossEntropyMonitor"
     trainer = run_cli(tmp_path, config, added, "--trainer.callbacks.nan_policy=omit").trainer
     [monitor] = [callback for callback in trainer.callbacks if isinstance(callback, CrossEntropyMonitor)]
     assert monitor.nan_policy == "omit"

@@ -30,8 +30,8 @@ from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from tests.distributed.ranks import run_ranks as run_world
 from xent_metrics import CrossEntropyReport
-from xent_metrics.callback import CrossEntropyMonitor
-from xent_metrics.tally import STATE_SIZE, Tally
+from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.tally.tally import STATE_SIZE, Tally
 
 pytestmark = pytest.mark.distributed
 
@@ -634,7 +634,7 @@ class States(Callback):
         self.saved.append(checkpoint["callbacks"][self.monitor.state_key])
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.scored.append(Tally(self.monitor.state_dict()["epoch"][0]).totals().scored)
+        self.scored.append(Tally(self.monitor.state_dict()["tallies"]["epoch"][0]).totals().scored)
 
 
 def train(folder: Path, checkpoint: Path | None = None, killed: bool = False) -> dict[str, Any]:
@@ -692,7 +692,7 @@ def test_a_checkpoint_before_the_first_window_of_an_epoch_goes_on_too(killed) ->
     step = {1: 16, 2: 8}[world_size]
     path = at_step(folder / "whole", step)
     state = torch.load(path, weights_only=True)["callbacks"][CrossEntropyMonitor().state_key]
-    assert Tally(state["earlier"][0]).totals().scored > 0
+    assert Tally(state["tallies"]["reduced_not_logged"][0]).totals().scored > 0
     run_ranks(world_size, train, folder / "early", path, tmp_path=folder)
     assert_goes_on(folder / "whole", folder / "early", step)
 
@@ -726,7 +726,7 @@ def test_the_state_is_plain_and_the_same_on_all_ranks(killed) -> None:
     for states in zip(*(rank["states"] for rank in ranks), strict=True):
         for state in states:
             assert all(type(name) is str for name in state)
-            assert {type(leaf) for leaf in tree_leaves(state)} <= {torch.Tensor, float}
+            assert {type(leaf) for leaf in tree_leaves(state)} <= {torch.Tensor, float, int}
             assert as_lists(state) == as_lists(states[0])
     loaded = torch.load(at_step(folder / "whole", 2), weights_only=True)["callbacks"][CrossEntropyMonitor().state_key]
     assert as_lists(loaded) == as_lists(ranks[0]["states"][0])
@@ -769,7 +769,7 @@ def epoch_in(path: Path) -> Tally:
     monitor = CrossEntropyMonitor()
     monitor.load_state_dict(torch.load(path, weights_only=True)["callbacks"][monitor.state_key])
     state = monitor.state_dict()
-    return Tally(state["epoch"][0])
+    return Tally(state["tallies"]["epoch"][0])
 
 
 def fail(folder: Path, ranks: list[int]) -> dict[str, Any]:
@@ -925,7 +925,10 @@ def fit_with_dashboards(folder: Path, idle: bool) -> dict[str, Any]:
     monitor = CrossEntropyMonitor(decode=lambda ids: f"{ids[0]} ")
     trainer = make_trainer(monitor, folder=folder)
     trainer.fit(Table("logits"), loader(16), Uneven(0) if idle else loader(5))
-    return {"references": monitor._boards._references, "profile": monitor._gallery.profile.state.tolist()}
+    return {
+        "references": monitor._dashboards._references,
+        "profile": monitor._evaluation.stats.histogram.state.tolist(),
+    }
 
 
 @pytest.mark.parametrize("idle", [False, True], ids=["a repeated sample", "an idle rank"])

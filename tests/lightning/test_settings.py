@@ -22,7 +22,7 @@ from tests.lightning.fits import (
     points_of_events,
     ragged_loader,
 )
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU:UserWarning")
 

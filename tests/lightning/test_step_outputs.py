@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tests.conftest import Operators
 from xent_metrics import LinearLogits, Tally, functional
-from xent_metrics.outputs import Form, OutputReader, Pool
+from xent_metrics.lightning.step_outputs import OutputReader, StepOutputs
+from xent_metrics.lightning.windows import Pool
 
 K, BYTES = 7, [1, 2, 0, 3, 1, 1, 4]
 
@@ -31,7 +32,7 @@ def make_reader(**options: object) -> OutputReader:
 def keep(reader: OutputReader, pool: Pool, batch: dict[str, Tensor | LinearLogits]) -> None:
     """Do what the callback does with what a step returned."""
     form = reader.read("training_step", batch, None)
-    assert isinstance(form, Form)
+    assert isinstance(form, StepOutputs)
     pool.keep(reader.score(form))
 
 

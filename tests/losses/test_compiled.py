@@ -41,7 +41,7 @@ from xent_metrics import (
     functional,
     kernels,
 )
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.losses import BinaryOptions, LossOptions, binary_losses, target_entropies
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.

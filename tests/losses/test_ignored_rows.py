@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import Operators
 from tests.losses.test_dense import FLOATS, hexadecimal, judge, tolerance
-from xent_metrics import CrossEntropy, CrossEntropyReport, losses
+from xent_metrics import CrossEntropy, CrossEntropyReport
 from xent_metrics.functional import cross_entropy, per_target_losses
-from xent_metrics.tally import COUNTS, NUM_SUM_LIMBS
+from xent_metrics.losses import rows
+from xent_metrics.tally.tally import COUNTS, NUM_SUM_LIMBS
 
 ENOUGH = 2**17  # Logits from which on rows are left out.
 
@@ -201,7 +202,7 @@ def test_probabilities(class_dim: int, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", [-0.5, 1.5])
 def test_improper_probabilities(bad: float, eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One counts in a row that is scored and is nobody's business in one that is not."""
-    monkeypatch.setattr("xent_metrics.batch.raises_now", lambda _: False)
+    monkeypatch.setattr("xent_metrics._runtime.raises_eagerly", lambda _: False)
     preds, target = torch.randn(256, 1000).softmax(-1), torch.randint(0, 1000, (256,))
     rows = torch.tensor([3, 4, 40, 255])
     preds[rows, 7] = bad
@@ -224,7 +225,7 @@ def test_targets_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     bad[::2], bad[1::16] = -100, 1000
     with pytest.raises(ValueError, match="got 16 that are neither, such as 1000"):
         metric.update(preds, bad)
-    monkeypatch.setattr("xent_metrics.batch.raises_now", lambda _: False)
+    monkeypatch.setattr("xent_metrics._runtime.raises_eagerly", lambda _: False)
     with Normalized() as normalized:
         metric.update(preds, bad)
     assert normalized.scores == 112 * 1000
@@ -275,8 +276,8 @@ def test_losses_have_no_graph() -> None:
 @pytest.fixture(name="_of_few")
 def _leave_out_rows_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out rows of any number of logits, and have room for three rows of three float32 at a time."""
-    monkeypatch.setattr(losses, "_FEW_SCORES", 0)
-    monkeypatch.setattr(losses, "_BUFFER_BYTES", {"cpu": 3 * 3 * 4})
+    monkeypatch.setattr(rows, "_FEW_SCORES", 0)
+    monkeypatch.setattr(rows, "_BUFFER_BYTES", {"cpu": 3 * 3 * 4})
 
 
 def assert_rows_are_found(scores: Tensor, kept: Tensor, class_dim: int = -1) -> None:

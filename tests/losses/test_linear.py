@@ -24,8 +24,8 @@ from tests.cases import CASES, GROUPS, TOKEN_BYTES, Batch, Case, make_batches, n
 from tests.conftest import Operators
 from tests.losses.test_dense import FLOATS, judge, tolerance
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyDifference, LinearLogits, Perplexity, functional
-from xent_metrics.callback import CrossEntropyMonitor
 from xent_metrics.functional import cross_entropy, per_target_losses
+from xent_metrics.lightning import CrossEntropyMonitor
 
 D, V = 5, 7
 

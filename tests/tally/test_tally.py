@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.strategies import UNIT, UNSUMMED, Batch, batches, partitions, relaxed, tally_of
 from xent_metrics import GroupTally, Tally, functional
-from xent_metrics.exact import LIMIT
 from xent_metrics.losses import TargetLosses
+from xent_metrics.losses.target_losses import IGNORED, LIMIT, TARGET_OUT_OF_RANGE
 from xent_metrics.readings import ExactReading
 from xent_metrics.tally import tally_losses
 
@@ -177,8 +177,8 @@ def test_every_target_is_counted_once() -> None:
     """A target that is ignored, out of range and of invalid weight is counted as one of these, ignored first."""
     kinds = [(ignored, outside, w) for ignored in (0, 1) for outside in (0, 1) for w in (0.0, 1.0, -1.0)]
     ignored, outside, weight = torch.tensor(kinds, dtype=torch.float64).T.unsqueeze(1)
-    losses = TargetLosses(torch.full_like(weight, 0.25), None, ignored.bool(), outside.bool())
-    totals = tally_losses(losses, weight).totals()
+    losses = TargetLosses(torch.full_like(weight, 0.25)).marked(IGNORED, ignored.bool())
+    totals = tally_losses(losses.marked(TARGET_OUT_OF_RANGE, outside.bool()).weighted(weight)).totals()
 
     assert (totals.ignored, totals.invalid_weight + totals.out_of_range, totals.scored) == (8, 3, 1)
     assert totals.invalid_weight
@@ -190,21 +190,19 @@ def test_every_target_is_counted_once() -> None:
 def test_invalid_weight(bad: float) -> None:
     """A weight that is negative, not finite or huge is counted, with its loss left out; the functions raise."""
     losses, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[bad, 0.5]], dtype=torch.float64)
-    nothing = torch.zeros(1, 2, dtype=torch.bool)
-    totals = tally_losses(TargetLosses(losses, None, nothing, nothing), weight).totals()
+    totals = tally_losses(TargetLosses(losses).weighted(weight)).totals()
 
     assert (totals.invalid_weight, totals.scored, totals.loss, totals.weight) == (1, 1, units(1.0), units(0.5))
     with pytest.raises(ValueError, match=r"`weight` must hold finite numbers that are not negative"):
         tally_of(losses, weight)
 
 
-def test_norm_multiplies_the_weight() -> None:
-    """What a target adds to the denominator is its norm (a class weight) times its weight."""
-    nothing = torch.zeros(2, 2, dtype=torch.bool)
+def test_denominators_multiply_the_weight() -> None:
+    """What a target adds to the denominator is its denominator (a class weight) times its weight."""
     norm = torch.tensor([[0.1, 2.0], [0.0, 3.0]])
     weight = torch.tensor([[0.7, 1.0], [5.0, 0.0]], dtype=torch.float64)
-    losses = TargetLosses(torch.ones(2, 2), norm, nothing, nothing)
-    unweighted, weighted = tally_losses(losses).totals(), tally_losses(losses, weight).totals()
+    losses = TargetLosses(torch.ones(2, 2), norm)
+    unweighted, weighted = tally_losses(losses).totals(), tally_losses(losses.weighted(weight)).totals()
 
     assert unweighted.weight == sum(map(units, norm.flatten().tolist()))
     assert weighted.weight == units(norm[0, 0].item() * 0.7) + units(2.0)
@@ -365,14 +363,21 @@ def test_what_is_seen_of_a_batch_changes_nothing(
     """A look at the values, which spares limbs and masks, gives the bits of a tally that was made without one."""
     generator = torch.Generator().manual_seed(4)
     sizes = [2.0**e for e in (-70, -30, 0, 14, 19.999999, 20, 20.000001, 26, 31, 33, 60)]  # 64 targets of 2**20 nats.
-    batches = []
+    batches: list[TargetLosses] = []
+    weights: list[torch.Tensor | None] = []
     for size, weigh, special in itertools.product(sizes, (None, 1.0, 2.0**19, 2.0**46), (None, math.nan, math.inf)):
         losses = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * size
         losses[0, -1] = size if special is None else special
         weight = None if weigh is None else torch.rand(shape, generator=generator, dtype=torch.float64) * weigh
         ignored = torch.rand(shape, generator=generator) < (0.3 if weigh != 1.0 else 0)
-        batches.append((TargetLosses(losses.to(dtype), None, ignored, None), weight))
-    seen = [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]
+        batches.append(TargetLosses(losses.to(dtype)).marked(IGNORED, ignored))
+        weights.append(weight)
+
+    def tallies() -> list[bytes]:
+        pairs = zip(batches, weights, strict=True)
+        return [bits(tally_losses(losses.weighted(weight)) + Tally.zero()) for losses, weight in pairs]
+
+    seen = tallies()
     hide_values()
 
-    assert seen == [bits(tally_losses(*batch) + Tally.zero()) for batch in batches]
+    assert seen == tallies()

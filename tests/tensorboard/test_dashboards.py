@@ -19,7 +19,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.data import DataLoader
 
 from tests.browser import serve
-from xent_metrics.callback import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout
 
 pytestmark = [
@@ -307,7 +307,7 @@ def test_other_loggers_are_left_alone(tmp_path, logger) -> None:
     """Nothing is drawn where nobody would see it."""
     monitor = CrossEntropyMonitor()
     fit(logger and logger(tmp_path), monitor, max_epochs=1)
-    assert monitor._gallery is None
+    assert monitor._evaluation.stats is None
     assert not list(tmp_path.rglob("events*"))
 
 
@@ -477,7 +477,7 @@ def test_a_monitor_can_be_copied_after_a_run(tmp_path) -> None:
     fit(TensorBoardLogger(tmp_path, name="", version="run"), monitor, max_epochs=1)
     copied = pickle.loads(pickle.dumps(monitor))
     assert copied.state_key == monitor.state_key
-    assert not copied._boards._boards
+    assert not copied._dashboards._dashboards
 
 
 @pytest.mark.filterwarnings("ignore:.num_classes. must be larger than every target:UserWarning")
@@ -604,10 +604,10 @@ def test_a_part_that_does_not_exist_is_named() -> None:
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
 def test_without_matplotlib_a_warning_says_what_is_missing(tmp_path, monkeypatch) -> None:
     """Everything else is written."""
-    from xent_metrics import boards  # noqa: PLC0415
+    from xent_metrics.lightning import dashboards  # noqa: PLC0415
 
-    find_spec = boards.find_spec
-    monkeypatch.setattr(boards, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    find_spec = dashboards.find_spec
+    monkeypatch.setattr(dashboards, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     with pytest.warns(UserWarning, match="`dashboards` has 'pictures', which need matplotlib"):
         fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=1)
     found = kinds(tmp_path / "run")

@@ -6,81 +6,76 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from xent_metrics.losses import TargetLosses
-from xent_metrics.pictures import (
+from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
+from xent_metrics.tensorboard.surprisal import draw_page
+from xent_metrics.validation_stats import (
     BINS_PER_BIT,
     MAX_BITS,
-    Gallery,
+    LossHistogram,
     Page,
-    Profile,
-    Reached,
-    draw_distribution,
-    draw_interval,
-    draw_page,
-    draw_positions,
+    ValidationPoint,
+    ValidationStats,
     write_page,
 )
 
 LN_2 = math.log(2)
 
 
-def losses_of(bits: list[list[float]], ignored: list[list[bool]] | None = None) -> TargetLosses:
-    """Losses of so many bits."""
+def losses_of(bits: list[list[float]], ignored: list[list[bool]] | None = None) -> tuple[Tensor, Tensor]:
+    """Losses of so many bits, and which of them are scored."""
     loss = torch.tensor(bits, dtype=torch.float64) * LN_2
-    nothing = torch.zeros(loss.shape, dtype=torch.bool)
-    return TargetLosses(loss, None, nothing if ignored is None else torch.tensor(ignored), nothing)
+    return loss, torch.ones(loss.shape, dtype=torch.bool) if ignored is None else ~torch.tensor(ignored)
 
 
-def random_losses(sequences: int, length: int, seed: int = 0) -> TargetLosses:
+def random_losses(sequences: int, length: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Losses of which a fifth is ignored."""
     generator = torch.Generator().manual_seed(seed)
     loss = torch.empty(sequences, length).exponential_(0.4, generator=generator)
-    ignored = torch.rand(sequences, length, generator=generator) < 0.2
-    return TargetLosses(loss, None, ignored, torch.zeros_like(ignored))
+    return loss, torch.rand(sequences, length, generator=generator) >= 0.2
 
 
 def test_shares_are_those_of_the_scored_losses() -> None:
     """Every bin of a quarter of a bit has as many targets as plain Python counts."""
-    losses = random_losses(30, 17)
-    kept = [x / LN_2 for row, skip in zip(losses.loss.tolist(), losses.ignored.tolist(), strict=True)
-            for x, ignored in zip(row, skip, strict=True) if not ignored]  # fmt: skip
+    loss, scored = random_losses(30, 17)
+    kept = [x / LN_2 for row, uses in zip(loss.tolist(), scored.tolist(), strict=True)
+            for x, use in zip(row, uses, strict=True) if use]  # fmt: skip
     expected = [0] * (BINS_PER_BIT * MAX_BITS + 1)
     for bits in kept:
         expected[min(int(bits * BINS_PER_BIT), BINS_PER_BIT * MAX_BITS)] += 1
-    shares = Profile.of(losses).shares()
+    shares = LossHistogram.of(loss, scored).shares()
     assert shares == [count / len(kept) for count in expected]
     assert sum(shares) == pytest.approx(1)
 
 
 def test_infinite_and_nan_losses_are_in_the_last_bin_and_in_no_mean() -> None:
     """One target that cannot be drawn does not spoil the picture of the others."""
-    profile = Profile.of(losses_of([[1.0, math.inf], [3.0, math.nan], [2.0, 1000.0], [2.0, -math.inf]]))
-    assert profile.shares()[-1] == 4 / 8
-    assert profile.mean == pytest.approx((1 + 3 + 2 + 2 + 2 * MAX_BITS) / 5)
-    positions, means = profile.by_position()
+    histogram = LossHistogram.of(*losses_of([[1.0, math.inf], [3.0, math.nan], [2.0, 1000.0], [2.0, -math.inf]]))
+    assert histogram.shares()[-1] == 4 / 8
+    assert histogram.mean == pytest.approx((1 + 3 + 2 + 2 + 2 * MAX_BITS) / 5)
+    positions, means = histogram.by_position()
     assert positions == [0, 1]
     assert means == pytest.approx([2.0, 2 * MAX_BITS])  # What is off the scale counts as twice the scale.
 
 
 def test_means_by_position_are_those_of_plain_python() -> None:
     """Early positions have a bucket each, later ones share one; the mean is over all targets in it."""
-    losses = random_losses(7, 70)
-    positions, means = Profile.of(losses).by_position()
+    loss, scored = random_losses(7, 70)
+    positions, means = LossHistogram.of(loss, scored).by_position()
     assert positions[:16] == list(range(16))
     assert positions[16:20] == [16.5, 18.5, 20.5, 22.5]
     assert positions[-1] == 67.5  # 64 to 71, of which six are there.
     for first, last, mean in ((3, 3, means[3]), (16, 17, means[16]), (32, 35, means[24]), (64, 69, means[-1])):
         columns = slice(first, last + 1)
-        kept = losses.loss[:, columns][~losses.ignored[:, columns]].double() / LN_2
+        kept = loss[:, columns][scored[:, columns]].double() / LN_2
         assert mean == pytest.approx(kept.mean().item(), abs=2e-6)
 
 
 def test_far_positions_have_a_bucket() -> None:
     """A sequence of any length fits; what is beyond the last bucket is in it."""
-    losses = losses_of([[1.0]])
-    long = TargetLosses(*(None if x is None else x.expand(1, 2**20 + 100) for x in losses))
-    positions, means = Profile.of(long).by_position()
+    long = [x.expand(1, 2**20 + 100) for x in losses_of([[1.0]])]
+    positions, means = LossHistogram.of(*long).by_position()
     assert positions == sorted(positions)
     assert len(positions) == 144
     assert means == pytest.approx([1.0] * 144, abs=2e-6)
@@ -88,8 +83,8 @@ def test_far_positions_have_a_bucket() -> None:
 
 def test_profiles_add_up_exactly_in_any_order() -> None:
     """Batches, loaders and ranks are a sum of integers."""
-    parts = [Profile.of(random_losses(4, 9, seed)) for seed in range(3)]
-    zero = Profile.zero(torch.device("cpu"))
+    parts = [LossHistogram.of(*random_losses(4, 9, seed)) for seed in range(3)]
+    zero = LossHistogram.zero(torch.device("cpu"))
     one, other = zero + parts[0] + parts[1] + parts[2], parts[2] + (parts[1] + parts[0])
     assert torch.equal(one.state, other.state)
     assert one.shares() == other.shares()
@@ -99,38 +94,38 @@ def test_profiles_add_up_exactly_in_any_order() -> None:
 
 def test_gathering_waits_for_no_device() -> None:
     """On the meta device whatever depends on data raises."""
-    losses = TargetLosses(*(None if x is None else x.to("meta") for x in random_losses(3, 5)))
-    gallery = Gallery(torch.device("meta"), counts_classes=True)
-    gallery.add(losses, torch.zeros(3, 5, dtype=torch.int64, device="meta"), 11)
-    gallery.leave_out(2)
-    assert gallery.class_counts.shape == (11,)
+    losses = [x.to("meta") for x in random_losses(3, 5)]
+    stats = ValidationStats(torch.device("meta"), counts_classes=True)
+    stats.add(*losses, torch.zeros(3, 5, dtype=torch.int64, device="meta"), 11)
+    stats.leave_out(2)
+    assert stats.class_counts.shape == (11,)
 
 
 def test_classes_are_counted_where_they_are_scored() -> None:
     """Padding is no class, whatever its index, and what is beyond the classes is counted apart."""
     losses = losses_of([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]], [[False, False, True], [False, True, True]])
     ids = torch.tensor([[0, 2, -100], [2, -100, 4]])
-    gallery = Gallery(torch.device("cpu"), counts_classes=True)
-    gallery.add(losses, ids, 5)
-    assert (gallery.class_counts.tolist(), int(gallery.num_beyond)) == ([1, 0, 2, 0, 0], 0)
-    gallery.add(losses, ids, 2)  # Another loader has fewer classes, or more.
-    assert (gallery.class_counts.tolist(), int(gallery.num_beyond)) == ([2, 0, 2, 0, 0], 2)
-    gallery.add(losses, ids, 6)
-    assert (gallery.class_counts.tolist(), int(gallery.num_beyond)) == ([3, 0, 4, 0, 0, 0], 2)
+    stats = ValidationStats(torch.device("cpu"), counts_classes=True)
+    stats.add(*losses, ids, 5)
+    assert (stats.class_counts.tolist(), int(stats.num_beyond)) == ([1, 0, 2, 0, 0], 0)
+    stats.add(*losses, ids, 2)  # Another loader has fewer classes, or more.
+    assert (stats.class_counts.tolist(), int(stats.num_beyond)) == ([2, 0, 2, 0, 0], 2)
+    stats.add(*losses, ids, 6)
+    assert (stats.class_counts.tolist(), int(stats.num_beyond)) == ([3, 0, 4, 0, 0, 0], 2)
 
 
 def test_the_page_is_the_first_text_and_bounded() -> None:
     """However much is validated, as much is kept as fits a page."""
-    gallery = Gallery(torch.device("cpu"), counts_classes=False)
+    stats = ValidationStats(torch.device("cpu"), counts_classes=False)
     for start in range(0, 400, 10):
         ids = torch.arange(start, start + 10).view(2, 5).repeat(1, 200)
-        gallery.add(losses_of([[2.0] * 1000] * 2), ids, None)
-    page = gallery.page(lambda ids: chr(ord("a") + ids[0] % 26))
+        stats.add(*losses_of([[2.0] * 1000] * 2), ids, None)
+    page = stats.page(lambda ids: chr(ord("a") + ids[0] % 26))
     assert page.texts[0][:6] == ["a", "b", "c", "d", "e", "a"]
     assert page.texts[1][:2] == ["f", "g"]
     assert 8 * 2288 <= sum(map(len, page.texts)) < 9 * 2288
     assert min(map(min, page.bits)) == max(map(max, page.bits)) == pytest.approx(2.0)
-    assert len(gallery.page(None).texts) == len(page.texts)
+    assert len(stats.page(None).texts) == len(page.texts)
 
 
 def test_a_page_leaves_out_what_is_not_scored_and_decodes_each_token_once() -> None:
@@ -156,18 +151,22 @@ def opened(png: bytes) -> Image.Image:
 
 @pytest.mark.parametrize("references", [{}, {"uniform": 6.69, "unigram": 4.6}])
 @pytest.mark.parametrize("draw", [draw_distribution, draw_positions])
-@pytest.mark.parametrize("profile", [Profile.zero(torch.device("cpu")), Profile.of(random_losses(30, 200))])
-def test_drawings_are_small_files(draw, profile, references) -> None:
+@pytest.mark.parametrize(
+    "histogram", [LossHistogram.zero(torch.device("cpu")), LossHistogram.of(*random_losses(30, 200))]
+)
+def test_drawings_are_small_files(draw, histogram, references) -> None:
     """Also of nothing, and without a line to compare with."""
-    png = draw(profile, "A title", references)
+    png = draw(histogram, "A title", references)
     assert opened(png).size == (700, 360)
     assert len(png) < 60_000
 
 
 def test_the_intervals_of_the_last_validations_fill_their_picture() -> None:
     """A first validation of a model that knows nothing does not press the others flat."""
-    late = [Reached(step, 2.0, 1.96, 2.04) for step in range(100, 700, 100)]
-    pictures = [opened(draw_interval([Reached(0, first, first, first), *late], "A title")) for first in (2.01, 6.69)]
+    late = [ValidationPoint(step, 2.0, 1.96, 2.04) for step in range(100, 700, 100)]
+    pictures = [
+        opened(draw_interval([ValidationPoint(0, first, first, first), *late], "A title")) for first in (2.01, 6.69)
+    ]
     heights = []
     for picture in pictures:
         column = [picture.convert("RGB").getpixel((500, y)) for y in range(picture.height)]
@@ -179,9 +178,9 @@ def test_the_intervals_of_the_last_validations_fill_their_picture() -> None:
 def test_drawing_does_not_touch_pyplot(monkeypatch) -> None:
     """Its global state belongs to the user."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.pyplot", None)  # An import of it then fails.
-    draw_distribution(Profile.of(random_losses(3, 3)), "A title", {})
-    draw_positions(Profile.of(random_losses(3, 3)), "A title", {})
-    draw_interval([Reached(0, 2.0, 1.0, 3.0)] * 2, "A title")
+    draw_distribution(LossHistogram.of(*random_losses(3, 3)), "A title", {})
+    draw_positions(LossHistogram.of(*random_losses(3, 3)), "A title", {})
+    draw_interval([ValidationPoint(0, 2.0, 1.0, 3.0)] * 2, "A title")
     draw_page(Page([["a"]], [[1.0]]), "A title", 8.0)
 
 

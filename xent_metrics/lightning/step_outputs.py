@@ -1,7 +1,7 @@
-"""From what a step of a training loop returned to tallies; knows nothing of Lightning.
+"""From what a step of a training loop returned to losses and tallies; knows nothing of Lightning.
 
-A step returns one of three forms, and a form is read here and nowhere else. Its losses are computed once, whatever is
-tallied of them: all targets, and if wanted their bytes and their groups.
+A step returns one of three forms, which are read here and nowhere else. The losses of a batch are computed once, and
+tallied by token, and if wanted by byte and by group.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
-from xent_metrics.checks import as_token_table, check_num_classes, describe, is_integer, is_integral
-from xent_metrics.kernels import Backend
-from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
-from xent_metrics.tally import GroupTally, Tally, tally_mean
+from xent_metrics._validate import as_token_table, check_num_classes, describe, is_integer, is_integral
+from xent_metrics.batch import group_scored, tally_scored
+from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.options import Backend, LossOptions
+from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
+from xent_metrics.tally.accumulate import tally_mean
+from xent_metrics.tally.tally import GroupTally, Tally
 
 Tallies = tuple[Tally | GroupTally, ...]
-"""What is tallied side by side: everything (per token, and per byte); then the groups, if any, in the same units."""
+"""All targets (per token, and with bytes also per byte); then, with groups, the groups per token and per byte."""
 
-_MOST_LOSSES = 2**16  # That are kept, at 4 bytes each,
-_MOST_BATCHES = 64  # from so many batches, at 2 KB each.
 _FORMS = (
     '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
     '(with "labels" for "target" if you like), or {"loss": mean over targets, "num_tokens": how many}'
 )
 
 
-class Form(NamedTuple):
-    """What a step returned of single targets.
+class StepOutputs(NamedTuple):
+    """Losses or logits that a step returned, with their targets.
 
     Attributes:
         preds: Losses or logits.
         target: Their targets.
         group: The group of each target, broadcastable to the targets; None without groups.
-        options: How `preds` is to be read.
+        options: How `preds` is read.
     """
 
     preds: Tensor | LinearLogits
@@ -46,14 +46,14 @@ class Form(NamedTuple):
     group: Tensor | None
     options: LossOptions
 
-    def first(self, num_samples: int) -> Form:
-        """Return the form of the first samples."""
+    def first(self, num_samples: int) -> StepOutputs:
+        """Return the outputs of the first samples."""
         group = self.group if self.group is None or self.group.dim() == 0 else self.group[:num_samples]
-        return Form(self.preds.narrow(0, 0, num_samples), self.target[:num_samples], group, self.options)
+        return StepOutputs(self.preds.narrow(0, 0, num_samples), self.target[:num_samples], group, self.options)
 
 
-class Mean(NamedTuple):
-    """What a step returned that knows nothing of single targets: their mean loss, and how many they are."""
+class MeanOutput(NamedTuple):
+    """A mean loss that a step returned, and the number of targets that it is the mean of."""
 
     loss: Tensor
     num_tokens: Tensor | int
@@ -102,11 +102,11 @@ class OutputReader:
         by_group = (GroupTally.zero(len(self.groups), self.device) for _ in range(num_units if self.groups else 0))
         return (whole, *by_group)
 
-    def read(self, step: str, outputs: Any, batch: Any) -> Form | Mean:
-        """Find the form in what a step returned.
+    def read(self, step: str, outputs: Any, batch: Any) -> StepOutputs | MeanOutput:
+        """Return what a step returned in one of the three forms.
 
         Raises:
-            ValueError: If there is none; it names the step, what the step returned, and the forms.
+            ValueError: If it is in none of them.
         """
         form = outputs if self.extract is None else self.extract(outputs, batch)
         if isinstance(form, Mapping):
@@ -115,9 +115,9 @@ class OutputReader:
             for kind, options in self._options.items():
                 if kind in form and target is not None and (group is not None or not self.groups):
                     group = self._as_group(group, target, options) if self.groups else None
-                    return Form(form[kind], target, group, options)
+                    return StepOutputs(form[kind], target, group, options)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
-                self.reads_means = True
+                self.reads_means = True  # There will be no intervals.
                 return _as_mean(step, form["loss"], form["num_tokens"])
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         raise ValueError(
@@ -125,33 +125,42 @@ class OutputReader:
             f"{seen}; add what is missing, or pass `extract`."
         )
 
-    def score(self, form: Form) -> list[TargetLosses]:
-        """Return the losses of all targets: per token, and with `token_bytes` also per byte."""
-        return score_batch(form.preds, form.target, None, form.options, token_bytes=self.token_bytes)[0]
+    def score(self, outputs: StepOutputs) -> ScoredBatch:
+        """Return the losses of all targets."""
+        preds, target, _, options = outputs
+        return score_batch(preds, target, None, options, token_bytes=self.token_bytes)
 
-    def classes(self, form: Form) -> tuple[Tensor | None, int | None]:
-        """Return the class of every target, and how many classes there are, as far as the form knows them."""
-        if form.target.is_floating_point():
+    def classes(self, outputs: StepOutputs) -> tuple[Tensor | None, int | None]:
+        """Return the class of every target, and how many classes there are; None for what the outputs do not tell."""
+        preds, target, _, options = outputs
+        if target.is_floating_point():
             return None, None
-        ids = form.options.aligned(form.target).long()
-        return ids, form.preds.shape[form.options.class_dim] if form.options.input == "logits" else self.num_classes
+        return options.aligned(target).long(), (
+            preds.shape[options.class_dim] if options.input == "logits" else self.num_classes
+        )
 
-    def tally(self, form: Form, losses: list[TargetLosses]) -> Tallies:
-        """Tally a form with groups of which the losses are known."""
-        assert form.group is not None
+    def tally_by_group(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
+        """Tally outputs with groups, of which the losses are known."""
+        _, target, group, options = outputs
+        assert group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
-        by_group = group_scored(losses, form.group, form.target, form.options, len(self.groups), fix)
-        return (tally_scored(losses), *by_group)
+        by_group = group_scored(scored, group, target, options, len(self.groups), fix)
+        return (tally_scored(scored), *by_group)
 
     @staticmethod
-    def tally_mean(mean: Mean) -> Tallies:
+    def tally_joined(batches: Sequence[ScoredBatch]) -> Tallies:
+        """Tally batches of one row type, without groups, all at once."""
+        return (tally_scored(ScoredBatch.cat(batches)),)
+
+    @staticmethod
+    def tally_mean(mean: MeanOutput) -> Tallies:
         """Tally a mean."""
         with torch.no_grad():
             num_tokens = _moved(mean.num_tokens, mean.loss.device).to(torch.int64)
             return (tally_mean(mean.loss.view(()), num_tokens.view(())),)
 
     def _forms(self) -> str:
-        """Say what a step may return."""
+        """Return the forms that a step may return, in words."""
         if self.groups:
             return f'one of the first two of {_FORMS}, and for `groups` also "group": a name or an index'
         return _FORMS if self.token_bytes is None else f"for `token_bytes` one of the first two of {_FORMS}"
@@ -167,7 +176,7 @@ class OutputReader:
         return index.view(*index.shape, *(1 for _ in shape[index.dim() :]))
 
     def _indices(self, group: Any) -> Any:
-        """Replace names by indices, in lists as deep as they are."""
+        """Return the indices of names of groups, in lists nested like the names."""
         if isinstance(group, list | tuple):
             return [self._indices(one) for one in group]
         if isinstance(group, str):
@@ -181,12 +190,12 @@ class OutputReader:
 
 
 def _moved(numbers: Any, device: torch.device) -> Tensor:
-    """Return numbers as a tensor on a device, without waiting for it."""
+    """Return numbers as a tensor on a device, without waiting for the copy."""
     return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
-def _as_mean(step: str, loss: Any, num_tokens: Any) -> Mean:
-    """Return a mean and its count; raise if they are something else."""
+def _as_mean(step: str, loss: Any, num_tokens: Any) -> MeanOutput:
+    """Return a mean and its count; raise TypeError if they are something else."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise TypeError(
             f'{step} must return the mean over `num_tokens` targets as "loss", a tensor of one float, got '
@@ -198,55 +207,7 @@ def _as_mean(step: str, loss: Any, num_tokens: Any) -> Mean:
             f'{step} must return the number of targets that "loss" is the mean of as "num_tokens", one integer, got '
             f"{describe(num_tokens)}; count them with (target != ignore_index).sum()."
         )
-    return Mean(loss, num_tokens)
-
-
-class Pool:
-    """The tallies of one rank of what steps returned.
-
-    Losses are kept as they are until the tallies are asked for, or there are many of them: to tally ten batches
-    together costs little more than one, and a tally is a hundred kernels that an accelerator has to be told to run.
-    """
-
-    def __init__(self, zero: Tallies) -> None:
-        self._total = zero
-        self._kept: list[list[TargetLosses]] = []
-        self._num_losses = 0
-
-    def add(self, tallies: Tallies) -> None:
-        """Add what is tallied already."""
-        self._total = add_tallies(self._total, tallies)
-
-    def keep(self, losses: list[TargetLosses]) -> None:
-        """Add what `OutputReader.score` returned."""
-        loss = losses[0].loss.clone()  # It may be the step's own memory.
-        if self._kept and _row(self._kept[0]) != _row(losses):
-            self._tally_kept()
-        self._kept.append([kind._replace(loss=loss) for kind in losses])
-        self._num_losses += loss.numel()
-        if self._num_losses >= _MOST_LOSSES or len(self._kept) >= _MOST_BATCHES:
-            self._tally_kept()
-
-    def tallies(self) -> Tallies:
-        """Return the tallies of everything."""
-        self._tally_kept()
-        return self._total
-
-    def _tally_kept(self) -> None:
-        if self._kept:
-            kept, self._kept, self._num_losses = self._kept, [], 0
-            self.add((tally_scored([TargetLosses.join(kinds) for kinds in zip(*kept, strict=True)]),))
-
-
-def _row(losses: list[TargetLosses]) -> tuple[Any, ...]:
-    """Return what batches must have in common to be tallied together."""
-    loss = losses[0].loss
-    return loss.shape[1], loss.dtype, loss.device
-
-
-def add_tallies(tallies: Tallies, others: Tallies) -> Tallies:
-    """Add what stands side by side, one by one."""
-    return tuple(tally + other for tally, other in zip(tallies, others, strict=True))  # type: ignore[operator]
+    return MeanOutput(loss, num_tokens)
 
 
 def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:

@@ -1,23 +1,18 @@
-"""What may be passed in: every check of an argument, each with one sentence that says what to do instead.
+"""What may be passed in: the checks of arguments, each with one sentence that says what to do instead.
 
-Types, shapes and devices are looked at always, since that is free. Values are looked at where it is free too, on the
-CPU; elsewhere, in compiled code and among several ranks, bad ones are counted with the targets and raise when they are
-read.
+Types, shapes and devices are checked always, since that costs nothing. Values are checked here only where an argument
+is given once, such as a class weight; those of a batch get a status each (`losses/mistakes.py`).
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
-from operator import or_
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from xent_metrics.distributed import is_distributed, is_dtensor
+from xent_metrics import _runtime
+from xent_metrics.distributed import is_dtensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,117 +22,7 @@ WEIGHT_LIMIT = 2.0**47
 BYTES_LIMIT = 2**47
 """Numbers of bytes of a batch are below this, so that they can be summed for ever."""
 
-_NOTHING_TO_DO = nullcontext()
 _TOKEN_BYTES_LIMIT = 2**24  # Exact in float32 too.
-_BLOCK_LOOKED_AT = 2**18  # Scores that are looked at together.
-_LOOKED_AT = 64  # Rows, or binary predictions, that decide whether `preds` look like what they are said to be.
-
-
-def being_compiled() -> bool:
-    """Say whether this call is being compiled or exported.
-
-    `torch.compiler.is_compiling` also says so of everything that runs while another thread compiles. (While another
-    one exports with `strict=False`, PyTorch tells nobody which thread that is.)
-    """
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
-
-
-def free_to_look(values: Tensor) -> bool:
-    """Say whether values can be looked at: that would stall an accelerator, and compiled code cannot branch on them."""
-    return values.is_cpu and not being_compiled()
-
-
-def no_graph() -> AbstractContextManager[None]:
-    """Build no graph; `torch.no_grad`, where that is not so already."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING_TO_DO
-
-
-def raises_now(values: Tensor) -> bool:
-    """Decide, for the whole library, whether bad values raise at once or are counted and raise when they are read.
-
-    Among several ranks one that raised would let the others wait for it; what is counted raises on all of them.
-    """
-    return free_to_look(values) and not is_distributed()
-
-
-def at_hand(x: Tensor) -> Any:
-    """Return a NumPy array of the same memory where looking at values is free; elsewhere the tensor itself.
-
-    On a handful of numbers PyTorch spends a microsecond or more on an operator, NumPy some tenths of one, and an update
-    of a small batch is a hundred of them. What follows is to be code that both run alike (operators, also in place;
-    slices, also assigned to; `sum`, `any`, `round`, `reshape`, and functions of `namespace`), and the same integers.
-    """
-    if not free_to_look(x):
-        return x
-    return x.detach().numpy() if x.requires_grad else x.numpy()
-
-
-def namespace(x: Any) -> Any:
-    """Return the module whose functions take what `at_hand` returned."""
-    return torch if isinstance(x, Tensor) else np
-
-
-def zeros_beside(x: Any, *shape: int) -> Any:
-    """Return int64 zeros of the same kind, on the same device."""
-    return x.new_zeros(shape, dtype=torch.int64) if isinstance(x, Tensor) else np.zeros(shape, np.int64)
-
-
-def add_to(numbers: Any, values: Any) -> None:
-    """Add in place; as a statement, `a[i] += b` would have a tensor also copy the sum to where it is already."""
-    numbers += values
-
-
-def add_at(numbers: Any, i: int, value: Any) -> None:
-    """Add to one of the numbers; NumPy takes its time to add to a slice."""
-    if isinstance(numbers, Tensor):
-        add_to(numbers[i : i + 1], value)
-    else:
-        numbers[i] += value
-
-
-def times(x: Any, y: Any) -> Any:
-    """Return the product, which is NaN for an infinity and 0 without a warning of NumPy's."""
-    if isinstance(x, Tensor):
-        return x * y
-    with np.errstate(invalid="ignore"):
-        return x * y
-
-
-def cleared(x: Any, mask: Any) -> Any:
-    """Return numbers with 0 where a mask is true; None masks nothing."""
-    if mask is None:
-        return x
-    return x.masked_fill(mask, 0.0) if isinstance(x, Tensor) else np.where(mask, 0.0, x)
-
-
-def present(mask: Any) -> Any:
-    """Return a mask; None, with which there is less to do, if there is none or a free look shows it true nowhere."""
-    return None if mask is None or (isinstance(mask, np.ndarray) and not mask.any()) else mask
-
-
-def any_of(*masks: Any) -> Any:
-    """Say where any of several masks is true; None for nowhere."""
-    found = [mask for mask in masks if mask is not None]
-    return reduce(or_, found) if found else None
-
-
-def outside(mask: Any, other: Any) -> Any:
-    """Say where the one mask is true and the other is not; None for nowhere."""
-    return mask if mask is None or other is None else mask & ~other
-
-
-def extremes(values: Any) -> tuple[float, float]:
-    """Return the least and the largest value: infinities if they may not be looked at, NaNs if there is one."""
-    if not isinstance(values, np.ndarray) or not values.size:
-        return -math.inf, math.inf
-    return np.minimum.reduce(values, None).item(), np.maximum.reduce(values, None).item()
-
-
-def may_hold(values: Any, number: float) -> bool:
-    """Say whether a number may be among values: a mark such as -100 is usually below all of them."""
-    if not isinstance(values, np.ndarray) or not values.size:
-        return True
-    return bool(np.minimum.reduce(values, None) <= number <= np.maximum.reduce(values, None))
 
 
 def on_host(values: Any) -> Any:
@@ -174,7 +59,7 @@ def check_pos_weight(pos_weight: Tensor | None) -> None:
 
 
 def _check_weights(name: str, weights: Tensor) -> None:
-    if not free_to_look(weights):
+    if not _runtime.can_read_values(weights):
         return
     bad = weights[~((weights >= 0) & (weights < WEIGHT_LIMIT))]
     if bad.numel():
@@ -192,7 +77,7 @@ def as_token_table(token_bytes: Tensor) -> Tensor:
         )
     _check_dense("token_bytes", token_bytes)
     table = token_bytes.to(torch.int64)
-    if free_to_look(table):
+    if _runtime.can_read_values(table):
         bad = table[(table < 0) | (table >= _TOKEN_BYTES_LIMIT)]
         if bad.numel():
             raise ValueError(
@@ -238,78 +123,6 @@ def check_tensors(
             f"`preds` must have a dimension of time beside the classes with `shift=True`, got shape "
             f"{tuple(preds.shape)}; leave `shift` out."
         )
-
-
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str, class_dim: int) -> None:
-    """Raise unless three tensors are a linear layer and what goes into it, and its outputs are read as logits."""
-    factors = {"hidden": hidden, "weight": weight}
-    if bias is not None:
-        factors["bias"] = bias
-    for name, value in factors.items():
-        _check_factor(name, value)
-    if input != "logits":
-        raise ValueError(
-            f"`input` must be 'logits' with LinearLogits, got {input!r}; leave it out, since a matmul makes logits."
-        )
-    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        transposed = weight.dim() == 2 and hidden.shape[-1:] == weight.shape[:1]
-        raise ValueError(
-            f"`weight` of `preds` must have the shape (classes, D) for `hidden` of shape (..., D), got "
-            f"{tuple(weight.shape)} and {tuple(hidden.shape)}; "
-            f"{'pass weight.t()' if transposed else 'pass what the head is given, and its weight'}."
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"`bias` of `preds` must have the shape {tuple(weight.shape[:1])}, one number for each class, got "
-            f"{tuple(bias.shape)}; leave it out if the head has none."
-        )
-    devices = [str(value.device) for value in factors.values()]
-    if len(set(devices)) > 1:
-        raise ValueError(
-            f"`hidden` of `preds` must be on the device of `{'`, `'.join(list(factors)[1:])}`, got "
-            f"{', '.join(devices)}; move one with .to()."
-        )
-    if len({multiplied_in(value) for value in factors.values()}) > 1:
-        dtypes = [str(value.dtype) for value in factors.values()]
-        raise TypeError(
-            f"`hidden` of `preds` must have the dtype of `{'`, `'.join(list(factors)[1:])}`, got {', '.join(dtypes)}; "
-            "convert one with .to(), or score under the autocast that the model ran under."
-        )
-    if class_dim not in (-1, hidden.dim() - 1):
-        raise ValueError(
-            f"`class_dim` must be the last dimension with LinearLogits, got {class_dim} for logits of shape "
-            f"{(*hidden.shape[:-1], weight.shape[0])}; leave it out."
-        )
-
-
-def _check_factor(name: str, value: Any) -> None:
-    """Raise unless a value is a plain tensor of floats."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor."
-        )
-    if is_dtensor(value):
-        raise TypeError(
-            f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
-            "logits as a DTensor."
-        )
-    if value.layout != torch.strided:
-        raise TypeError(
-            f"`{name}` of `preds` must be a dense tensor, got layout {value.layout}; call .to_dense() on it."
-        )
-    if value.dtype not in FLOATS:
-        raise TypeError(
-            f"`{name}` of `preds` must be float16, bfloat16, float32 or float64, got {value.dtype}; convert it with "
-            ".float()."
-        )
-
-
-def multiplied_in(x: Tensor) -> torch.dtype:
-    """Return the dtype that a tensor is multiplied in: its own, or what autocast casts it to."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def check_binary(preds: Tensor, target: Tensor, pos_weight: Tensor | None) -> None:
@@ -406,71 +219,6 @@ def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:
     check_broadcastable("group", group, shape, "give each target, or each sequence as a column, its group")
 
 
-def advice(preds: Tensor, input: str, class_dim: int | None) -> str:
-    """Say what the first rows of `preds` look like, if it is not what `input` says; `class_dim` is None if binary.
-
-    Only on the CPU, where a look is free, and only what most of the rows agree on, since some may be masked.
-    """
-    if input == "losses" or preds.numel() == 0 or not free_to_look(preds) or is_dtensor(preds):
-        return ""
-    with torch.no_grad():
-        if class_dim is None:
-            return _advice_on_binary(_first_rows(preds, -1).reshape(-1)[:_LOOKED_AT], input)
-        return _advice_on_rows(_first_rows(preds, class_dim), input)
-
-
-def _first_rows(preds: Tensor, class_dim: int) -> Tensor:
-    """Return the first rows of classes, without copying the rest."""
-    rows = preds.movedim(class_dim, -1) if preds.dim() else preds.view(1, 1)
-    while rows.dim() > 2:
-        inner = rows.shape[1:-1].numel()
-        rows = rows[: -(-_LOOKED_AT // inner)]
-        rows = rows[0] if inner >= _LOOKED_AT else rows.flatten(0, -2)
-    return rows.reshape(-1, rows.shape[-1])[:_LOOKED_AT]
-
-
-def _advice_on_rows(rows: Tensor, input: str) -> str:
-    if rows.shape[1] < 2:
-        return ""
-    # A few rows at a time: all of them, of a large vocabulary, would be as large as a batch.
-    blocks = rows.split(max(1, _BLOCK_LOOKED_AT // rows.shape[1]))
-    in_range, excess, log_sum = (torch.cat(facts) for facts in zip(*map(_facts_of, blocks), strict=True))
-    if input == "logits" and _most(in_range & (excess < 1e-2)):
-        return "look like probabilities (in [0, 1], with sums of 1) but are read as logits; pass input='probs'."
-    if input == "probs" and _most(in_range & (excess > 5e-2)):
-        return (
-            "are read as probabilities but do not sum to 1, and are not renormalised; if they are scores, pass "
-            "input='logits'."
-        )
-    if input == "log_probs" and _most(log_sum.abs() > 0.1):
-        return (
-            "are read as log-probabilities but their exponentials do not sum to 1; pass input='logits' to normalise "
-            "them."
-        )
-    return ""
-
-
-def _facts_of(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of each row whether it is in [0, 1], how far its sum is from 1, and its log-sum-exp."""
-    rows = rows.float()
-    low, high = rows.aminmax(dim=1)
-    return (low >= 0) & (high <= 1), (rows.sum(1) - 1).abs(), rows.logsumexp(1)
-
-
-def _most(rows: Tensor) -> bool:
-    return int(rows.sum()) * 2 > len(rows)
-
-
-def _advice_on_binary(values: Tensor, input: str) -> str:
-    """Ask for several logits, all in [0, 1] and on both sides of 0.5: those of an untrained model are around 0."""
-    if input != "logits" or len(values) < _LOOKED_AT // 4:
-        return ""
-    low, high = values.float().aminmax()
-    if 0 <= low < 0.5 < high <= 1:
-        return "look like probabilities (all in [0, 1]) but are read as logits; pass input='probs'."
-    return ""
-
-
 def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = ()) -> None:
     for name, value in (("preds", preds), ("target", target)):
         if not isinstance(value, Tensor):
@@ -531,7 +279,7 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
 
 
 def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> str:
-    """Say which change would make the shapes fit."""
+    """Return which change would make the shapes fit."""
     fitting = [dim for dim in range(len(preds)) if without(preds, dim) == target]
     if fitting:
         return f"it would fit with class_dim={fitting[0]}"
@@ -552,7 +300,7 @@ def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> 
 
 
 def describe(value: Any) -> str:
-    """Say what was passed, for an error message."""
+    """Return what was passed, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     text = repr(value)
@@ -566,15 +314,15 @@ def without(shape: torch.Size, dim: int) -> torch.Size:
 
 
 def is_integral(x: Tensor) -> bool:
-    """Say whether a tensor holds integers, which booleans are not."""
+    """Return whether a tensor holds integers, which booleans are not."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def is_integer(value: Any) -> bool:
-    """Say whether a value is an int and no bool."""
+    """Return whether a value is an int and no bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Say whether a value is an int or a float and no bool."""
+    """Return whether a value is an int or a float and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)

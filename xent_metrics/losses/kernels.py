@@ -1,38 +1,28 @@
 """The arithmetic of losses: from rows of scores to one loss each, in nats, one kernel for each kind of target.
 
-A kernel that is run as it is gets a few rows at a time, and a buffer that is used again for the next ones. Compiled, it
-gets all rows at once and no buffer: the compiler fuses its steps so that none is needed. It then returns sums over a
-row, of which losses are made outside.
+A kernel that runs eagerly gets a few rows at a time, and a buffer that is used again for the next ones. Compiled, it
+gets all rows at once and no buffer: the compiler fuses its steps. It then returns sums over a row (the `partials`), and
+the losses are made of them outside.
 
-Either way a row has the same bits among any others. So rows are contiguous and at least two, as threads would share the
-`sum` over a long row that is alone and round it differently; and compiled code takes no logarithm of single rows, as it
+Either way a row has the same bits among any others. So rows are contiguous and at least two: threads would share the
+`sum` over a long row that is alone, and round it differently. And compiled code takes no logarithm of single rows: it
 has one for several of them at a time and another for what is left, which differ in the last bit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, partial
-from threading import Lock
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent_metrics.checks import at_hand, being_compiled, extremes
+from xent_metrics import _runtime
+from xent_metrics.losses.options import Input, LossOptions
 
-Input = Literal["logits", "log_probs", "probs", "losses"]
-Backend = Literal["auto", "eager", "compile"]
 Results = tuple[Any, ...]
 """What a kernel returns of rows: losses first, then masks, or None for nowhere."""
-
-_LANES = 64  # A multiple of as many numbers as any processor does at a time.
-_MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
-
-
-_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
 
 
 def loss_dtype(preds: Any) -> torch.dtype:
@@ -40,17 +30,7 @@ def loss_dtype(preds: Any) -> torch.dtype:
     return torch.float64 if preds.dtype == torch.float64 else torch.float32
 
 
-def compiles(backend: Backend) -> bool:
-    """Say whether kernels are compiled; where what calls us is compiled itself, they are a part of that instead."""
-    return backend == "compile" and not being_compiled() and not torch._dynamo.config.disable
-
-
-def fuses(backend: Backend) -> bool:
-    """Say whether kernels need no buffers, as a compiler fuses their steps: that of our caller, or ours."""
-    return being_compiled() if backend == "auto" else backend == "compile" and (being_compiled() or compiles(backend))
-
-
-def looked_up(
+def nll(
     scores: Tensor,
     index: Tensor,
     buffer: Tensor | None,
@@ -78,7 +58,7 @@ def looked_up(
     return loss, log_probs.sum(1) if smooth else None, improper
 
 
-def reduced(
+def nll_partials(
     scores: Tensor,
     index: Tensor,
     top: Tensor | None,
@@ -88,16 +68,16 @@ def reduced(
     eps: float | None,
     smooth: bool,
 ) -> Results:
-    """Return what `resolved` makes the same of: sums that a compiler makes while it reads the scores.
+    """Return the sums of which `nll_from_partials` makes losses; a compiler makes them while it reads the scores.
 
     Args:
-        scores: As above.
-        index: As above.
-        top: The largest logit of each row, if some of them are elsewhere.
-        class_weight: As above.
-        input: As above.
-        eps: As above.
-        smooth: As above.
+        scores: Two rows or more, one score a class.
+        index: The class of each row.
+        top: The largest logit of each row, if some of them are on other ranks.
+        class_weight: Of every class.
+        input: What the scores are.
+        eps: Where to clip probabilities.
+        smooth: Whether the sum over all classes is wanted.
 
     Returns:
         Of each row its score at `index`; for logits relative to the largest one, and then the sum of exponentials of
@@ -113,7 +93,7 @@ def reduced(
     return of_target, exponentials, of_all, improper
 
 
-def resolved(
+def nll_from_partials(
     of_target: Tensor,
     exponentials: Tensor | None,
     of_all: Tensor | None,
@@ -122,24 +102,37 @@ def resolved(
     input: Input,
     weight_of_all: float | Tensor,
 ) -> Results:
-    """Return what `looked_up` does, of what `reduced` returns and the sum of the class weights."""
+    """Return the results of `nll`, from those of `nll_partials` and the sum of the class weights."""
     if exponentials is None:
         return (of_target.log() if input == "probs" else of_target).neg(), of_all, improper
     log_sum = exponentials.log()
     return log_sum - of_target, None if of_all is None else of_all - _times(log_sum, weight_of_all), improper
 
 
-def weighted(loss: Tensor, of_all: Tensor | None, norm: Tensor | None, smoothing: float, num_classes: int) -> Tensor:
-    """Return the losses of class indices from the above, changed in place, with class weights and label smoothing."""
-    if norm is not None:
-        loss.mul_(norm).masked_fill_(norm == 0, 0.0)
+def weigh_and_smooth(
+    loss: Tensor, of_all: Tensor | None, denominator: Tensor | None, smoothing: float, num_classes: int
+) -> Tensor:
+    """Apply class weights and label smoothing, in place, to the results of `nll`."""
+    if denominator is not None:
+        loss.mul_(denominator).masked_fill_(denominator == 0, 0.0)
     if of_all is not None:
         loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()  # Not 0 * inf.
         loss.sub_(of_all, alpha=smoothing / num_classes)
     return loss
 
 
-def soft(
+def finish_nll(
+    results: Results, denominator: Tensor | None, class_weight: Tensor | None, num_classes: int, options: LossOptions
+) -> tuple[Tensor, Tensor | None]:
+    """Return losses, and which rows have improper probabilities, from the results of either kernel for indices."""
+    if len(results) > 3:  # Of the one that leaves logarithms to be taken.
+        weight_of_all = num_classes if class_weight is None else class_weight.sum()
+        results = nll_from_partials(*results, input=options.input, weight_of_all=weight_of_all)
+    loss, of_all, improper = results
+    return weigh_and_smooth(loss, of_all, denominator, options.smoothing(num_classes), num_classes), improper
+
+
+def soft_nll(
     scores: Tensor,
     target: Tensor,
     buffer: Tensor | None,
@@ -154,13 +147,13 @@ def soft(
     """Return the loss of each row for a target that is a distribution; which are none; and what is improper.
 
     Args:
-        scores: As above.
+        scores: Two rows or more, one score a class.
         target: One probability a class.
-        buffer: As above.
+        buffer: Of the shape of `scores`, to be written to; it may be `scores`. None to make what is needed.
         target_buffer: The same for `target`.
-        class_weight: As above.
-        input: As above.
-        eps: As above.
+        class_weight: Of every class.
+        input: What the scores are.
+        eps: Where to clip probabilities.
         smoothing: The share of a target that is spread over all classes.
         excess: How far the sum of a distribution may be from 1.
     """
@@ -170,7 +163,7 @@ def soft(
     return log_probs.sum(1).neg_(), none, improper
 
 
-def soft_reduced(
+def soft_nll_partials(
     scores: Tensor,
     target: Tensor,
     class_weight: Tensor | None,
@@ -180,7 +173,7 @@ def soft_reduced(
     smoothing: float,
     excess: float,
 ) -> Results:
-    """Return what `soft_resolved` makes the same of, as `reduced` does."""
+    """Return the sums of which `soft_nll_from_partials` makes losses, for a compiler."""
     scores, exponentials, improper = _relative(scores, None, input, eps)
     if input == "probs":
         scores.log_()
@@ -189,10 +182,10 @@ def soft_reduced(
     return scores.sum(1), exponentials, coefficient.sum(1), none, improper
 
 
-def soft_resolved(
+def soft_nll_from_partials(
     of_all: Tensor, exponentials: Tensor | None, weight_of_all: Tensor, none: Tensor, improper: Tensor | None
 ) -> Results:
-    """Return what `soft` does, of what `soft_reduced` returns."""
+    """Return the results of `soft_nll`, from those of `soft_nll_partials`."""
     loss = of_all.neg() if exponentials is None else _times(exponentials.log(), weight_of_all) - of_all
     return loss, none, improper
 
@@ -226,7 +219,8 @@ def binary(
             bounds = math.log(eps), math.log1p(-eps)
             log_p, log_q = log_p.clamp(*bounds), log_q.clamp(*bounds)
     for log, coefficient in ((log_p, positive), (log_q, negative)):
-        if extremes(at_hand(log.mul_(coefficient)))[0] > -math.inf:
+        extremes = _runtime.least_and_greatest(log.mul_(coefficient))
+        if extremes and extremes[0] > -math.inf:
             continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
         log.masked_fill_(coefficient == 0, 0.0)
     return torch.neg(log_p + log_q), improper
@@ -298,81 +292,3 @@ def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor
     if buffer is None:
         return values.to(dtype, copy=True)
     return values if values is buffer else buffer.copy_(values)
-
-
-def run(
-    backend: Backend,
-    kernel: Callable[..., Results],
-    rows: Sequence[Tensor | None],
-    others: Sequence[Tensor | None],
-    **constants: Hashable,
-) -> Results:
-    """Call a kernel, compiled if that is asked for and there is anything to do.
-
-    Args:
-        backend: Whether to compile it.
-        kernel: One of the above.
-        rows: Its tensors that have a row for each target.
-        others: Those that have not.
-        **constants: Its other arguments.
-
-    Raises:
-        ValueError: If it cannot be compiled.
-    """
-    if not compiles(backend) or not all(x is None or x.numel() for x in rows):
-        return kernel(*rows, *others, **constants)
-    assert rows[0] is not None
-    count = len(rows[0])
-    # Compiled code takes several short rows at a time, and what is left of them in another way, with other bits. So
-    # nothing is left.
-    left = count % _LANES if rows[0].shape[1:].numel() < _LANES else 0
-    parts = []
-    if left < count:
-        parts.append(_run_compiled(kernel, [x if x is None else x[: count - left] for x in rows], others, constants))
-    if left:
-        rest = [x if x is None else torch.cat([x[-left:], x.new_zeros(_LANES - left, *x.shape[1:])]) for x in rows]
-        parts.append(tuple(x if x is None else x[:left] for x in _run_compiled(kernel, rest, others, constants)))
-    return parts[0] if len(parts) == 1 else join(parts)
-
-
-def _run_compiled(
-    kernel: Callable[..., Results],
-    rows: Sequence[Tensor | None],
-    others: Sequence[Tensor | None],
-    constants: Mapping[str, Hashable],
-) -> Results:
-    """Call a kernel that is compiled for any number of rows, but for one number of classes.
-
-    What is best for one may be another thing for the next, and the bits of a loss must not depend on what came first.
-    """
-    # A view is of another kind than what is none, and strides are too.
-    tensors = [None if x is None else x.contiguous().data for x in [*rows, *others]]
-    for x in tensors:
-        if x is not None and x.dim() == 2:
-            torch._dynamo.mark_static(x, 1)
-    kinds = tuple(None if x is None else (x.dtype, x.device, x.shape[1:]) for x in tensors)
-    try:
-        with _ONE_AT_A_TIME:
-            return _compiled(kernel, kinds, **constants)(*tensors)
-    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # The latter of the compiler's cache.
-        cause = str(error).partition("\n")[0]
-        raise ValueError(
-            f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "
-            "install the compiler if it is missing (C++, on CUDA Triton), or look at the error above."
-        ) from error
-
-
-def join(results: Sequence[Results]) -> Results:
-    """Put what a kernel returned of several blocks one after the other."""
-    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True))
-
-
-@cache
-def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> Callable[..., Results]:
-    """Return a compiled kernel for tensors of one kind.
-
-    Each kind has its own: PyTorch refuses to compile one function too often, as it counts threads, autocast and
-    inference mode too.
-    """
-    bound = partial(kernel, **constants)
-    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=_MANY)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.

@@ -1,0 +1,58 @@
+"""Where the code runs: may values be read here, is the call traced, which float is the widest.
+
+Nothing else in the library asks PyTorch these questions, so a test that replaces `can_read_values` puts the whole
+library into the state that it has on an accelerator. Call these functions through the module for that reason.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from xent_metrics.distributed import is_distributed
+
+_NOTHING_TO_DO = nullcontext()
+
+
+def is_traced() -> bool:
+    """Return whether this call is being compiled or exported.
+
+    `torch.compiler.is_compiling` is also true for everything that runs while another thread compiles.
+    """
+    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def can_read_values(x: Tensor) -> bool:
+    """Return whether the host may read the values of a tensor here.
+
+    On an accelerator it would have to wait for the device, and traced code cannot branch on values.
+    """
+    return x.is_cpu and not is_traced()
+
+
+def raises_eagerly(x: Tensor) -> bool:
+    """Return whether bad values raise at once, instead of being counted and raising when they are read.
+
+    Among several ranks one that raised would let the others wait for it; what is counted raises on all of them.
+    """
+    return can_read_values(x) and not is_distributed()
+
+
+def no_graph() -> AbstractContextManager[None]:
+    """Return a context that builds no graph; where none is built anyway, one that costs nothing."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING_TO_DO
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 where the device has nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def least_and_greatest(x: Tensor) -> tuple[float, float] | None:
+    """Return the extremes of a tensor, NaNs if it has one; None if they may not be read, or there are no values."""
+    if not can_read_values(x) or not x.numel():
+        return None
+    low, high = torch.aminmax(x)
+    return low.item(), high.item()

@@ -1,0 +1,339 @@
+"""The callback: its arguments, and what it does in each hook of the Trainer.
+
+The usual `self.log("val_loss", loss)` averages batch means, weighted by a batch size that Lightning guesses from the
+first tensor it finds: sequences, not tokens. Here every batch becomes a tally, and only tallies are averaged.
+
+The callback holds its tallies itself. Attached to the module they would be cast by `precision="bf16-true"`, copied by
+weight averaging and listed in the model summary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from xent_metrics.lightning.callback_base import Callback
+from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
+from xent_metrics.lightning.evaluation import Evaluation
+from xent_metrics.lightning.repeated_samples import RepeatedSamples
+from xent_metrics.lightning.step_outputs import Backend, OutputReader
+from xent_metrics.lightning.tagged_readings import TaggedReadings
+from xent_metrics.lightning.trainer import (
+    current_step,
+    data_parallel_group,
+    describe_run,
+    is_log_point,
+    log_epoch_values,
+    log_step_values,
+    saved_hparams,
+)
+from xent_metrics.lightning.windows import RunTallies
+from xent_metrics.readings import NanPolicy, check_reading
+from xent_metrics.tags import BEST
+from xent_metrics.validation_stats import Decode
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from torch.distributed import ProcessGroup
+
+
+class CrossEntropyMonitor(Callback):
+    """Log cross-entropy, bits per token and perplexity of all targets, from what the steps return.
+
+    `training_step`, `validation_step` and `test_step` return one of
+
+    - `{"loss": ..., "losses": per-target losses in nats, "target": ...}`: recommended for training, since it computes
+      nothing a second time: `losses = F.cross_entropy(..., reduction="none")` and `loss = losses.mean()`;
+    - `{"logits": ..., "target": ...}`: the losses are computed here, without regularisers or smoothing;
+    - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
+      known of single targets there is no interval, and there are neither groups nor bytes.
+
+    `labels` is accepted for `target`. Either is aligned with `logits` (position t is scored by `logits[:, t]`), unless
+    `shift` says otherwise.
+
+    Logged metrics:
+        `{stage}` is `train`, `val` or `test`, `{reading}` is `cross_entropy` (nats), `bits_per_token` or `perplexity`,
+        and with `token_bytes` also `bits_per_byte`; `prefix` stands before all of them.
+
+        - `train/{reading}`: over all targets since the last log point (not the last batch only), at the steps where
+          Lightning logs;
+        - `train/{reading}_epoch`: over the epoch;
+        - `val/{reading}`, `test/{reading}`: over the whole epoch and all loaders, each target counting once;
+        - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
+          `confidence`, clustered by sequence; not logged where there are no two sequences;
+        - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
+        - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
+        - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
+        - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
+          `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
+          `dashboards`.
+
+        NaN is logged where there are no targets.
+
+    Every rank logs the value of all ranks together, at one collective a log point and one at the end of each epoch.
+    Samples that `DistributedSampler` draws twice, so that ranks have equally many, are scored once in validation and
+    test; where that cannot be known a warning says so. With tensor parallelism the data-parallel ranks are added up.
+
+    A run that is resumed in the middle of an epoch goes on with the tallies of its checkpoint, also on another number
+    of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
+    position (`state_dict` and `load_state_dict`): Lightning starts a plain `DataLoader` from its beginning again. A
+    checkpoint that was written because of an exception on several ranks lacks what was tallied since the last log
+    point, as the rank that failed cannot ask the others.
+
+    All loggers get the values, and `ModelCheckpoint` and `EarlyStopping` can monitor them. Monitor
+    `val/cross_entropy`: a perplexity may overflow to `inf` early on, which stops `EarlyStopping`.
+
+    Args:
+        extract: Called as `extract(outputs, batch)`, returns one of the forms above, for steps that return something
+            else. `outputs["loss"]` is then the loss as the step returned it. An import path in YAML.
+        class_dim: The dimension of `logits` that counts classes.
+        ignore_index: The target that is not scored; None for none.
+        shift: Let `logits[:, t]` score target t + 1, for logits and labels of one length as Hugging Face models have
+            them; `losses` are aligned with their targets already.
+        groups: Names of data sets, domains, ... that are also read by themselves. The form then has `"group"` beside
+            its target: a name or an index into the names, for the batch, for each of its sequences, or for each target.
+        token_bytes: Bytes of text behind each token id, as `xent_metrics.token_byte_lengths(tokenizer).tolist()`
+            gives them, or a file to which `torch.save` wrote them; adds `bits_per_byte`.
+        nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them out,
+            `"raise"` stops the run.
+        confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
+        prefix: The text before all tags, such as `"ema/"`; each of several monitors needs its own.
+        dashboards: What to write beside the values where there is a TensorBoard logger; `()` for nothing, and
+            `"overlay"` only if you name it:
+
+            - `"layout"`: charts in the Custom Scalars tab, beside those that are there already;
+            - `"descriptions"`: definition, unit, and what is pooled and left out, behind the "i" of every chart;
+            - `"references"`: `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, lines to compare with;
+            - `"hparams"`: a row in the HParams tab with the values of this run's tags, in place of Lightning's own;
+            - `"pictures"`: the distribution of losses, loss by position, all validations with their intervals, and a
+              text coloured by what each token cost: at the first, second, fourth, ... validation and the last;
+            - `"summary"`: a page in the Text tab when the fit is over;
+            - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
+        decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`. May be set later, as
+            `monitor.decode = ...`, before the fit. Without it, numbers are shown.
+        num_classes: How many classes there are, for the lines to compare with where no step returns logits.
+        backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
+            `CrossEntropy`.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is not as described; in a step's hook, if the step returned none of the forms; at a
+            log point, if targets were out of range.
+
+    Example::
+
+        Trainer(callbacks=[CrossEntropyMonitor(), EarlyStopping("val/cross_entropy")])
+    """
+
+    _run: RunTallies
+    _evaluation: Evaluation | None
+
+    def __init__(
+        self,
+        extract: Callable[[Any, Any], Mapping[str, Any]] | None = None,
+        class_dim: int = -1,
+        ignore_index: int | None = -100,
+        shift: bool = False,
+        groups: Sequence[str] | None = None,
+        token_bytes: Sequence[int] | Tensor | str | None = None,
+        nan_policy: NanPolicy = "propagate",
+        confidence: float = 0.95,
+        prefix: str = "",
+        dashboards: Sequence[Part] = DEFAULT_PARTS,
+        decode: Decode | None = None,
+        num_classes: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        check_reading(nan_policy, confidence)
+        if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]*", prefix, re.ASCII):
+            raise ValueError(
+                "`prefix` must be text of letters, digits, '_', '.', '-' and '/', which all loggers accept, got "
+                f"{prefix!r}."
+            )
+        if decode is not None and not callable(decode):
+            raise TypeError(f"`decode` must turn a list of one token into text, got {decode!r}; pass tokenizer.decode.")
+        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
+        # What tells states of several monitors apart. Options that change no tally are left out.
+        self._configuration = {
+            "class_dim": class_dim,
+            "ignore_index": ignore_index,
+            "shift": shift,
+            "groups": self._outputs.groups,
+            "token_bytes": self._outputs.token_bytes is not None,
+            "prefix": prefix,
+        }
+        self.nan_policy: NanPolicy = nan_policy
+        self.confidence = confidence
+        self.prefix = prefix
+        self.decode = decode
+        self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
+        self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
+        self._group: ProcessGroup | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._run = RunTallies(self._outputs.zero())
+        self._evaluation = None
+        self._repeated = RepeatedSamples()
+        self._dashboards.reset()
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint, which differs for monitors that are configured differently."""
+        return self._generate_state_key(**self._configuration)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
+
+        After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
+        log point is then left out.
+        """
+        return self._run.state_dict(self._group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied.
+
+        Raises:
+            ValueError: If the state is of an unknown version, is incomplete, or is of other groups or bytes.
+        """
+        self._run.load_state_dict(state_dict)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Move to the device of the run; a fit starts without the tallies of the last one."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(other, CrossEntropyMonitor) and other.prefix == self.prefix for other in callbacks) > 1:
+            raise ValueError(
+                f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {self.prefix!r} twice; their "
+                "values would be averaged under one tag."
+            )
+        self._outputs.to(trainer.strategy.root_device)
+        self._group = data_parallel_group(trainer)
+        self._dashboards.attach(trainer.loggers, trainer.is_global_zero)
+        if stage == "fit":  # Lightning loads the state of a checkpoint after this.
+            self._reset()
+        elif stage == "validate":
+            self._dashboards.reset()  # It may be of other data, or of another trainer.
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close what was opened, also after an error."""
+        self._dashboards.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Wait for no other rank from now on."""
+        self._run.failed = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the row of the run in TensorBoard's table of hyperparameters, before Lightning writes its own."""
+        tags = [f"{self.prefix}val/{name}" for name in (BEST, *self._readings.names)]
+        self._dashboards.log_hparams(saved_hparams(trainer, pl_module), tags)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start an epoch."""
+        self._run.start_epoch()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tally the batch, and log the window if Lightning is about to write."""
+        if trainer.fit_loop.batch_idx == 0:
+            # Lightning does not call `on_train_epoch_start` where a resumed run starts with a new epoch.
+            self._run.start_epoch()
+        if outputs and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
+            # Lightning has divided the loss.
+            outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
+        if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
+            self._run.window.add_outputs(self._outputs, self._outputs.read("training_step", outputs, batch))
+        if is_log_point(trainer, pl_module):
+            self._log_window(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch."""
+        self._run.close_window(self._group)
+        values = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
+        self._log_epoch(trainer, pl_module, values, "train")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the last validation, and write the summary of the run."""
+        last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on after the last batch.
+        self._dashboards.finish(last_step, self.decode, lambda: self._summarised(trainer, pl_module))
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a validation; the sanity check before it leaves no trace."""
+        stats = None if trainer.sanity_checking else self._dashboards.new_stats(self._outputs.device)
+        num_loaders = len(trainer.num_val_batches)
+        self._evaluation = Evaluation("val", num_loaders, self._outputs, self._repeated, stats)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Tally the batch."""
+        assert self._evaluation is not None
+        self._evaluation.add(outputs, batch, trainer.val_dataloaders, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the validation, and in a fit the best one so far."""
+        assert self._evaluation is not None
+        values, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
+        if not trainer.sanity_checking:
+            self._run.validated = total
+            if trainer.state.fn == "fit":
+                best = self._run.update_best(values[f"{self.prefix}val/bits_per_token"])
+                values[f"{self.prefix}val/{BEST}"] = best
+        self._log_epoch(trainer, pl_module, values, "val")
+        if self._evaluation.stats is not None:
+            point = self._readings.validation_point(current_step(trainer), values)
+            alone = trainer.state.fn == "validate"
+            self._dashboards.add_validation(self._evaluation.stats, point, self._group, self.decode, draw_now=alone)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a test."""
+        self._evaluation = Evaluation("test", len(trainer.num_test_batches), self._outputs, self._repeated)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Tally the batch."""
+        assert self._evaluation is not None
+        self._evaluation.add(outputs, batch, trainer.test_dataloaders, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the test."""
+        assert self._evaluation is not None
+        values, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
+        self._log_epoch(trainer, pl_module, values, "test")
+
+    def _log_window(self, trainer: Trainer) -> None:
+        """Log what was tallied since the last log point."""
+        values = self._readings.read("train", self._run.close_window(self._group))
+        self._dashboards.on_window_logged(values, current_step(trainer))
+        log_step_values(trainer, values)
+        self._run.mark_logged()
+
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float], stage: str) -> None:
+        if not trainer.sanity_checking:
+            self._dashboards.on_epoch_logged(values, stage, current_step(trainer))
+        log_epoch_values(trainer, pl_module, values)
+
+    def _summarised(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, Any], dict[str, Any], int]:
+        """Return what a summary tells of a run: its configuration, its counts of targets, its repeated samples."""
+        own = {**self._configuration, "nan_policy": self.nan_policy, "confidence": self.confidence}
+        configuration = describe_run(trainer, pl_module) | {f"CrossEntropyMonitor.{k}": v for k, v in own.items()}
+        totals = {"training": self._run.run_total, "the last validation": self._run.validated}
+        counts = {name: self._readings.read_exactly(tallies)[0] for name, tallies in totals.items()}
+        stats = self._evaluation.stats if self._evaluation else None
+        return configuration, counts, stats.histogram.num_repeated if stats else 0

@@ -1,0 +1,92 @@
+"""From tallies of all ranks to values under the tags that they are logged with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xent_metrics.lightning.step_outputs import OutputReader, Tallies
+from xent_metrics.lightning.windows import add_tallies
+from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_valid
+from xent_metrics.tags import BITS_PER_BYTE, BOUNDED_READINGS, LOGGED_READINGS
+from xent_metrics.tally.tally import GroupTally
+from xent_metrics.validation_stats import ValidationPoint
+
+
+class TaggedReadings:
+    """Reads tallies; raises ValueError if they counted targets or groups that no reading can be trusted with.
+
+    Args:
+        outputs: The reader of what was tallied.
+        nan_policy: See `CrossEntropyMonitor`.
+        confidence: See `CrossEntropyMonitor`.
+        prefix: The text before all tags.
+    """
+
+    def __init__(self, outputs: OutputReader, nan_policy: NanPolicy, confidence: float, prefix: str) -> None:
+        self._outputs = outputs
+        self._nan_policy: NanPolicy = nan_policy
+        self._confidence = confidence
+        self._prefix = prefix
+        bytes_known = outputs.token_bytes is not None
+        self.names = (*LOGGED_READINGS, BITS_PER_BYTE) if bytes_known else LOGGED_READINGS
+
+    def read(self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False) -> dict[str, float]:
+        """Return the values of some tallies by tag: of all targets, and of each group that has targets."""
+        whole, by_group = self.read_exactly(tallies[:1]), self.read_exactly(tallies[1:])
+        values = {name: value for name, [value] in _values(whole).items()}
+        # Two sequences have an interval. Where all losses are infinite or NaN, so is the interval, and its curves still
+        # have points where their value has one.
+        totals = whole[0].totals
+        if bounds and (totals.sequences > 1 or (totals.nonfinite and not self._outputs.reads_means)):
+            ends = (f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower", "upper"))
+            values |= {name: getattr(whole[0], name) for name in ends}
+        tagged = {f"{self._prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
+        for name, each in _values(by_group).items():
+            for group, value, num_tokens in zip(self._outputs.groups, each, by_group[0].num_tokens, strict=True):
+                if num_tokens:
+                    tagged[f"{self._prefix}{stage}/{name}{suffix}/{group}"] = value
+        return tagged
+
+    def read_loaders(self, stage: str, loaders: Sequence[Tallies]) -> tuple[dict[str, float], Tallies]:
+        """Return the values of all loaders together and of each by itself, and the tally of all together."""
+        total = add_tallies(*loaders)
+        values = self.read(stage, total, bounds=True)
+        # Loaders that are read side by side have their targets in the first, and one that has all says nothing new.
+        each = {i: whole for i, (whole, *_) in enumerate(loaders) if whole.unbind()[0].totals().scored}
+        if len(each) > 1:
+            for i, whole in each.items():
+                values |= self.read(stage, (whole,), suffix=f"/dataloader_idx_{i}")
+        return values, total[:1]
+
+    def read_exactly(self, tallies: Tallies) -> list[Any]:
+        """Return readings of tallies, which are copied to the host: per token, then per byte."""
+        readings: list[Any] = []
+        for part in (part for tally in tallies for part in tally.cpu().unbind()):
+            if isinstance(part, GroupTally):
+                groups = part.totals()
+                check_valid(groups.everything, groups.groupless, kept=False)
+                readings.append(GroupReading(groups, self._nan_policy))
+            else:
+                totals = part.totals()
+                check_valid(totals, kept=False)
+                readings.append(ExactReading(totals, self._nan_policy, self._confidence))
+        return readings
+
+    def validation_point(self, step: int, values: Mapping[str, float]) -> ValidationPoint:
+        """Return the result of a validation in bits per token."""
+        tag = f"{self._prefix}val/cross_entropy"
+        return ValidationPoint(
+            step, *(values.get(f"{tag}{end}", math.nan) / math.log(2) for end in ("", "_lower", "_upper"))
+        )
+
+
+def _values(readings: Sequence[Any]) -> dict[str, list[float]]:
+    """Return the logged readings of tokens and of bytes: a list of one number, or of one for each group."""
+    if not readings:
+        return {}
+    values = {name: getattr(readings[0], name) for name in LOGGED_READINGS}
+    if len(readings) > 1:
+        values[BITS_PER_BYTE] = readings[1].bits_per_token
+    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}

@@ -1,0 +1,113 @@
+"""The kernels through `torch.compile`: when they are compiled, for what, and what goes into them.
+
+The only module that knows `torch._dynamo`. A loss must have the same bits in any batch, and compiled code takes several
+short rows at a time and what is left of them in another way; so nothing is left of what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cache, partial
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xent_metrics import _runtime
+from xent_metrics.losses.kernels import Results
+from xent_metrics.losses.options import Backend
+
+_LANES = 64  # A multiple of as many numbers as any processor does at a time.
+_MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
+
+_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
+
+
+def compiles(backend: Backend) -> bool:
+    """Return whether kernels are compiled here; in traced code they are a part of that instead."""
+    return backend == "compile" and not _runtime.is_traced() and not torch._dynamo.config.disable
+
+
+def fuses(backend: Backend) -> bool:
+    """Return whether kernels need no buffers, as a compiler fuses their steps: that of our caller, or ours."""
+    if backend == "auto":
+        return _runtime.is_traced()
+    return backend == "compile" and (_runtime.is_traced() or compiles(backend))
+
+
+def run(
+    backend: Backend,
+    kernel: Callable[..., Results],
+    rows: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    **constants: Hashable,
+) -> Results:
+    """Call a kernel, compiled if that is asked for and there is anything to do.
+
+    Args:
+        backend: Whether to compile it.
+        kernel: One of `kernels`.
+        rows: Its tensors that have a row for each target.
+        others: Those that have not.
+        **constants: Its other arguments.
+
+    Raises:
+        ValueError: If it cannot be compiled.
+    """
+    if not compiles(backend) or not all(x is None or x.numel() for x in rows):
+        return kernel(*rows, *others, **constants)
+    assert rows[0] is not None
+    count = len(rows[0])
+    # Compiled code takes several short rows at a time, and what is left of them in another way, with other bits. So
+    # nothing is left.
+    left = count % _LANES if rows[0].shape[1:].numel() < _LANES else 0
+    parts = []
+    if left < count:
+        parts.append(_run_compiled(kernel, [x if x is None else x[: count - left] for x in rows], others, constants))
+    if left:
+        rest = [x if x is None else torch.cat([x[-left:], x.new_zeros(_LANES - left, *x.shape[1:])]) for x in rows]
+        parts.append(tuple(x if x is None else x[:left] for x in _run_compiled(kernel, rest, others, constants)))
+    return (
+        parts[0]
+        if len(parts) == 1
+        else tuple(None if x is None else torch.cat((x, y)) for x, y in zip(*parts, strict=True))
+    )
+
+
+def _run_compiled(
+    kernel: Callable[..., Results],
+    rows: Sequence[Tensor | None],
+    others: Sequence[Tensor | None],
+    constants: Mapping[str, Hashable],
+) -> Results:
+    """Call a kernel that is compiled for any number of rows, but for one number of classes.
+
+    What is best for one may be another thing for the next, and the bits of a loss must not depend on what came first.
+    """
+    # A view is of another kind than what is none, and strides are too.
+    tensors = [None if x is None else x.contiguous().data for x in [*rows, *others]]
+    for x in tensors:
+        if x is not None and x.dim() == 2:
+            torch._dynamo.mark_static(x, 1)
+    kinds = tuple(None if x is None else (x.dtype, x.device, x.shape[1:]) for x in tensors)
+    try:
+        with _ONE_AT_A_TIME:
+            return _compiled(kernel, kinds, **constants)(*tensors)
+    except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # The latter of the compiler's cache.
+        cause = str(error).partition("\n")[0]
+        raise ValueError(
+            f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "
+            "install the compiler if it is missing (C++, on CUDA Triton), or look at the error above."
+        ) from error
+
+
+@cache
+def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> Callable[..., Results]:
+    """Return a compiled kernel for tensors of one kind.
+
+    Each kind has its own: PyTorch refuses to compile one function too often, as it counts threads, autocast and
+    inference mode too.
+    """
+    bound = partial(kernel, **constants)
+    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=_MANY)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.

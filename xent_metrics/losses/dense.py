@@ -1,0 +1,155 @@
+"""From what a model returns to one loss per target, in nats: scores over classes, as a whole on this rank.
+
+All losses are `-sum_k t[k] * log q[k]` with target t and model q, in float32 (float64 for float64 `preds`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xent_metrics import _runtime
+from xent_metrics._validate import check_tensors, without
+from xent_metrics.distributed import is_dtensor, vocab_shard
+from xent_metrics.losses import kernels
+from xent_metrics.losses.compiled import compiles, run
+from xent_metrics.losses.kernels import loss_dtype
+from xent_metrics.losses.linear import LinearLogits, check_linear
+from xent_metrics.losses.options import LossOptions
+from xent_metrics.losses.rows import RowResults, of_rows, rows_to_score, score_blocks
+from xent_metrics.losses.sharded import score_shard
+from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses, mark
+from xent_metrics.losses.targets import as_index, ignored_status, lookup_index
+
+# How far the sum of a soft target may be from 1: float32 rounds very little, halves keep 3 digits of each probability.
+_SOFT_EXCESS = {torch.float32: 1e-3, torch.float64: 1e-3}
+_LOW_PRECISION_SOFT_EXCESS = 1e-2
+
+
+def target_losses(
+    preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None = None
+) -> TargetLosses:
+    """Compute the loss of every target, without synchronising with the device and without autograd.
+
+    Args:
+        preds: Scores with classes on `options.class_dim`, or losses of target's shape with `input="losses"`; logits may
+            be a DTensor that is sharded over the classes.
+        target: Class indices of any integer dtype, of `preds`' shape without the class dimension; or soft targets,
+            floats of `preds`' shape.
+        options: How losses are made.
+        class_weight: One weight for each class.
+
+    Raises:
+        TypeError: If a dtype is not one of those named above.
+        ValueError: If shapes or devices do not fit.
+    """
+    check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
+    with _runtime.no_graph():
+        if class_weight is not None:
+            class_weight = class_weight.to(loss_dtype(preds))
+        if isinstance(preds, Tensor) and is_dtensor(preds):
+            shard = vocab_shard(preds, options.class_dim)
+            if shard is not None:
+                return score_shard(shard, preds.shape, target, options, class_weight)
+            preds = preds.to_local()  # type: ignore[attr-defined]
+        preds, target = options.shifted(preds, target)
+        if target.is_floating_point():
+            losses = _score_soft(preds, target, options, class_weight)
+            return losses.as_sequences(without(preds.shape, options.class_dim))
+        index = as_index(target).reshape(-1)
+        return _score_hard(preds, index, options, class_weight).as_sequences(target.shape)
+
+
+def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: LossOptions) -> Tensor:
+    """Compute the entropy of every target's own distribution, smoothed; flat, and for what `target_losses` accepts."""
+    with torch.no_grad():
+        preds, target = options.shifted(preds, target)
+        num_classes = preds.shape[options.class_dim]
+        smoothing = options.smoothing(num_classes)
+        if not target.is_floating_point():
+            rest = smoothing / num_classes
+            nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
+            return torch.full((target.numel(),), nats, dtype=_runtime.widest_float(preds.device), device=preds.device)
+        results = RowResults(target.numel() // num_classes)
+        for block in score_blocks(target, None, replace(options, input="probs", eps=None)):
+            tensors = block.scores, block.buffer
+            results.add(block.rows, run(options.backend, kernels.entropy, tensors, [], smoothing=smoothing))
+        return target.new_empty(0, dtype=loss_dtype(target)) if results.joined is None else results.joined[0]
+
+
+def _outline(preds: Tensor | LinearLogits, options: LossOptions) -> Tensor:
+    """Return what can be checked as `preds` are: of logits that are not there, one number with their shape."""
+    if not isinstance(preds, LinearLogits):
+        return preds
+    check_linear(*preds, options.input, options.class_dim)
+    return preds.hidden.detach().new_empty(()).expand(preds.shape)
+
+
+def _score_hard(
+    preds: Tensor | LinearLogits, index: Tensor, options: LossOptions, class_weight: Tensor | None
+) -> TargetLosses:
+    """Score flat class indices."""
+    if options.input == "losses":
+        assert isinstance(preds, Tensor)
+        return TargetLosses(preds.reshape(-1).to(loss_dtype(preds)), None, ignored_status(index, options))
+    num_classes = preds.shape[options.class_dim]
+    index, status = lookup_index(index, num_classes, options)
+    denominator = None if class_weight is None else class_weight[index]
+    scored = rows_to_score(preds, index, status)
+    results = RowResults(len(index) if scored is None else len(scored))
+    kernel = kernels.nll_partials if compiles(options.backend) else kernels.nll
+    smooth = options.smoothing(num_classes) > 0
+    constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smooth": smooth}
+    for block in score_blocks(preds, None, options, scored):
+        tensors = block.scores, of_rows(index, block.rows), block.buffer
+        results.add(block.rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    if results.joined is None:
+        return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), denominator, status)
+    of_scored = denominator if denominator is None or scored is None else denominator[scored]
+    loss, improper = kernels.finish_nll(results.joined, of_scored, class_weight, num_classes, options)
+    if scored is not None:  # The others were not made.
+        loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
+        improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
+    return _with_improper(TargetLosses(loss, denominator, status), improper)
+
+
+def _score_soft(
+    preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
+) -> TargetLosses:
+    """Score targets that are distributions."""
+    compiled = compiles(options.backend)
+    kernel = kernels.soft_nll_partials if compiled else kernels.soft_nll
+    results = RowResults(target.numel() // preds.shape[options.class_dim])
+    constants: dict[str, Any] = {
+        "input": options.input,
+        "eps": options.eps,
+        "smoothing": options.smoothing(preds.shape[options.class_dim]),
+        "excess": _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
+    }
+    for block in score_blocks(preds, target, options):
+        own = (block.scores, block.probs), (block.buffer, block.probs_buffer)
+        tensors = own[0] if compiled else own[0] + own[1]
+        results.add(block.rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    if results.joined is None:
+        return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)))
+    joined = results.joined
+    loss, out_of_range, improper = kernels.soft_nll_from_partials(*joined) if compiled else joined
+    losses = TargetLosses(loss)
+    if not (_runtime.can_read_values(out_of_range) and not out_of_range.any()):
+        losses = losses.marked(TARGET_OUT_OF_RANGE, out_of_range)
+    return _with_improper(losses, improper)
+
+
+def _with_improper(losses: TargetLosses, improper: Tensor | None) -> TargetLosses:
+    """Mark targets for which probabilities are outside [0, 1]."""
+    if improper is None or (_runtime.can_read_values(improper) and not improper.any()):
+        return losses
+    return losses._replace(status=mark(losses.status, PROBABILITY_OUT_OF_RANGE, improper))
+
+
+def _entropy_term(p: float) -> float:
+    return -p * math.log(p) if p else 0.0

@@ -1,0 +1,159 @@
+"""Logits that are never there as a whole: the head of a language model, multiplied where it is scored."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent_metrics._validate import FLOATS
+from xent_metrics.distributed import is_dtensor
+
+
+class LinearLogits(NamedTuple):
+    """The logits `hidden @ weight.T + bias` of a language model's head, which are never there as a whole.
+
+    Pass it for `preds` wherever they are logits with classes last. Some hundred rows are multiplied at a time, turned
+    into losses and forgotten, so that the `(N, V)` logits, the largest tensor there is, need not fit into memory:
+
+        metric.update(LinearLogits(hidden, model.lm_head.weight), target)
+
+    Args:
+        hidden: What goes into the head, of shape `(..., D)`.
+        weight: The head's, of shape `(V, D)`, as `torch.nn.Linear` has it.
+        bias: The head's, of shape `(V,)`; None for none.
+
+    Shapes:
+        The logits are `(..., V)`; `target` is `(...)`, or `(..., V)` for soft targets.
+
+    Values:
+        The matmul is in the dtype of its factors, or in autocast's, as `F.linear` would do it; in half precision logits
+        are rounded as the model's own. All that follows is in float32 (float64 for float64). A matmul gives a row other
+        last bits in another batch, so values agree with those of `F.linear` to 1e-6, and not to the bit.
+
+        The factors are read when they are scored. After an optimizer's step, as in the callback's training hooks, the
+        weight is no longer the one that `hidden` goes with: return `losses` there.
+
+    Costs:
+        On the CPU the time of `F.linear` and some 10 % more, and 64 MiB; more only above 129,024 classes (twice as many
+        in half precision), as fewer than 128 rows at a time would be slow: 126 MiB for 256,000 classes in float32. On
+        accelerators, where nothing was measured, 64 MiB more. Under autocast, a copy of a weight that has another dtype
+        for each call. Targets that are `ignore_index` are not multiplied on the CPU; elsewhere the host would have to
+        wait to know them, and they are.
+
+    Raises:
+        TypeError: Where it is used: if one of the three is no tensor of floats, is a DTensor, or they differ in dtype
+            outside autocast.
+        ValueError: Where it is used: if shapes or devices do not fit, with `input` other than `"logits"`, and with
+            `class_dim` other than the last.
+
+    >>> from xent_metrics import CrossEntropy
+    >>> metric = CrossEntropy()
+    >>> metric.update(LinearLogits(torch.ones(2, 1), weight=torch.tensor([[2.0], [1.0], [0.1]])), torch.tensor([0, 0]))
+    >>> metric.compute()  # Of the logits [2.0, 1.0, 0.1], twice
+    tensor(0.4170, dtype=torch.float64)
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits, classes last."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits, as `F.linear` would make them here."""
+        return _multiplied_in(self.hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the logits."""
+        return self.hidden.device
+
+    def dim(self) -> int:
+        """Return the number of dimensions of the logits."""
+        return self.hidden.dim()
+
+    def numel(self) -> int:
+        """Return the number of logits."""
+        return self.shape.numel()
+
+    def narrow(self, dim: int, start: int, length: int) -> LinearLogits:
+        """Return some positions of the logits, as a view."""
+        return self._replace(hidden=self.hidden.narrow(dim, start, length))
+
+
+def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str, class_dim: int) -> None:
+    """Raise unless three tensors are a linear layer and what goes into it, and its outputs are read as logits."""
+    factors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        factors["bias"] = bias
+    for name, value in factors.items():
+        _check_factor(name, value)
+    if input != "logits":
+        raise ValueError(
+            f"`input` must be 'logits' with LinearLogits, got {input!r}; leave it out, since a matmul makes logits."
+        )
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        transposed = weight.dim() == 2 and hidden.shape[-1:] == weight.shape[:1]
+        raise ValueError(
+            f"`weight` of `preds` must have the shape (classes, D) for `hidden` of shape (..., D), got "
+            f"{tuple(weight.shape)} and {tuple(hidden.shape)}; "
+            f"{'pass weight.t()' if transposed else 'pass what the head is given, and its weight'}."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"`bias` of `preds` must have the shape {tuple(weight.shape[:1])}, one number for each class, got "
+            f"{tuple(bias.shape)}; leave it out if the head has none."
+        )
+    devices = [str(value.device) for value in factors.values()]
+    if len(set(devices)) > 1:
+        raise ValueError(
+            f"`hidden` of `preds` must be on the device of `{'`, `'.join(list(factors)[1:])}`, got "
+            f"{', '.join(devices)}; move one with .to()."
+        )
+    if len({_multiplied_in(value) for value in factors.values()}) > 1:
+        dtypes = [str(value.dtype) for value in factors.values()]
+        raise TypeError(
+            f"`hidden` of `preds` must have the dtype of `{'`, `'.join(list(factors)[1:])}`, got {', '.join(dtypes)}; "
+            "convert one with .to(), or score under the autocast that the model ran under."
+        )
+    if class_dim not in (-1, hidden.dim() - 1):
+        raise ValueError(
+            f"`class_dim` must be the last dimension with LinearLogits, got {class_dim} for logits of shape "
+            f"{(*hidden.shape[:-1], weight.shape[0])}; leave it out."
+        )
+
+
+def _check_factor(name: str, value: Any) -> None:
+    """Raise unless a value is a plain tensor of floats."""
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor."
+        )
+    if is_dtensor(value):
+        raise TypeError(
+            f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
+            "logits as a DTensor."
+        )
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"`{name}` of `preds` must be a dense tensor, got layout {value.layout}; call .to_dense() on it."
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"`{name}` of `preds` must be float16, bfloat16, float32 or float64, got {value.dtype}; convert it with "
+            ".float()."
+        )
+
+
+def _multiplied_in(x: Tensor) -> torch.dtype:
+    """Return the dtype that a tensor is multiplied in: its own, or what autocast casts it to."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

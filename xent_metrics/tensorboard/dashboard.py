@@ -1,0 +1,176 @@
+"""Everything that is written to one run of TensorBoard beside its values."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard import SummaryWriter
+
+from xent_metrics.tags import UNIFORM
+from xent_metrics.tensorboard.descriptions import describe_tag
+from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
+from xent_metrics.tensorboard.hparams import log_hparams
+from xent_metrics.tensorboard.layout import add_layout, build_layout
+from xent_metrics.tensorboard.surprisal import draw_page
+from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats
+
+_MOST_BITS = 10.0  # The darkest colour of the surprisal page, or the uniform line if that is lower.
+
+
+class Dashboard:
+    """Writes what makes the values of one run readable; a part that is switched off is not written.
+
+    Args:
+        writer: The writer that writes the values too.
+        parts: The parts to write; see `CrossEntropyMonitor`.
+        readings: The readings of each stage.
+        groups: Names of groups.
+        prefix: The text before all tags.
+        logger_prefix: The text that the logger puts before that.
+    """
+
+    def __init__(
+        self,
+        writer: SummaryWriter,
+        parts: Iterable[str],
+        readings: Sequence[str],
+        groups: Sequence[str] = (),
+        prefix: str = "",
+        logger_prefix: str = "",
+    ) -> None:
+        self.writer = writer
+        self.parts = frozenset(parts)
+        self._readings = readings
+        self._groups = groups
+        self._prefix = prefix
+        self._logger_prefix = logger_prefix
+        self._charted_stages = (f"{prefix}train/", f"{prefix}val/")
+        self._described: set[str] = set()
+        self._layout: layout_pb2.Layout | None = None
+        self._overlaid: dict[str, SummaryWriter] = {}
+
+    def describe_new_tags(self, tags: Iterable[str]) -> None:
+        """Describe and lay out the charts of tags that are about to get their first point.
+
+        TensorBoard does not show a description that comes after the first point, and a chart of tags that are never
+        written shows an error.
+        """
+        new = [tag for tag in tags if tag not in self._described]
+        self._described.update(new)
+        if "descriptions" in self.parts:
+            for tag in new:
+                _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix))
+        if "layout" in self.parts and any(tag.startswith(self._charted_stages) for tag in new):
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Write the layout if it has changed."""
+        layout = build_layout(
+            self._readings,
+            groups=self._groups,
+            loaders=any("/dataloader_idx_" in tag for tag in self._described),
+            intervals=f"{self._prefix}val/cross_entropy_lower" in self._described,
+            overlay="overlay" in self.parts,
+            prefix=self._logger_prefix + self._prefix,
+        )
+        if layout != self._layout:
+            self._layout = layout
+            add_layout(self.writer, layout)
+
+    def log_hparams(self, hparams: Mapping[str, Any], tags: Sequence[str]) -> None:
+        """Write the row of this run in the table of hyperparameters; its values are those of its tags."""
+        if "hparams" in self.parts:
+            log_hparams(self.writer, hparams, [self._logger_prefix + tag for tag in tags])
+
+    def add_reference(self, tag: str, value: float, step: int) -> None:
+        """Write a point of a reference line."""
+        if "references" in self.parts:
+            self.describe_new_tags([tag])
+            self.writer.add_scalar(self._logger_prefix + tag, value, step)
+
+    def draw(
+        self,
+        stats: ValidationStats,
+        history: Sequence[ValidationPoint],
+        references: Mapping[str, float],
+        decode: Decode | None,
+    ) -> None:
+        """Draw the pictures of a validation.
+
+        Args:
+            stats: Its statistics; the histogram is of all ranks together.
+            history: Its result, after those of the validations before it.
+            references: Names and bits of the reference lines.
+            decode: Turns a list of one token into text; None shows its number.
+        """
+        if "pictures" not in self.parts:
+            return
+        caption = _caption(history[-1])
+        lines = {name.partition("_")[0]: bits for name, bits in references.items()}
+        pictures = {}
+        if any(stats.histogram.shares()):  # Steps that return means have no losses of single targets.
+            pictures["distribution"] = draw_distribution(stats.histogram, f"Losses: {caption}", lines)
+        if len(stats.histogram.by_position()[0]) > 1:
+            pictures["by_position"] = draw_positions(stats.histogram, f"By position: {caption}", lines)
+        bounded = [point for point in history if math.isfinite(point.lower) and math.isfinite(point.upper)]
+        if len(bounded) > 1:
+            pictures["interval"] = draw_interval(bounded, f"Validation: {caption}")
+        page = stats.page(decode)
+        if any(page.texts):
+            most = min(references.get(UNIFORM, 8.0), _MOST_BITS)
+            pictures["surprisal"] = draw_page(page, f"What each cost: {caption}", most)
+        for name, png in pictures.items():
+            self._add_picture(f"{self._prefix}val/{name}", png, history[-1].step)
+
+    def _add_picture(self, tag: str, png: bytes, step: int) -> None:
+        # `SummaryWriter.add_image` would decode the picture and encode it again.
+        width, height = struct.unpack(">II", png[16:24])  # The header of every PNG file.
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        summary = Summary(value=[Summary.Value(tag=self._logger_prefix + tag, image=image)])
+        self.writer._get_file_writer().add_summary(summary, step)
+
+    def add_text(self, tag: str, markdown: str, step: int) -> None:
+        """Write a page of text."""
+        self.writer.add_text(self._logger_prefix + self._prefix + tag, markdown, step)
+
+    def overlay(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        """Write the readings of a stage once more, in a run of its own under the same tags, hence in its own colour."""
+        if "overlay" not in self.parts:
+            return
+        tags = {f"{self._prefix}{stage}/{name}": self._logger_prefix + self._prefix + name for name in self._readings}
+        if stage not in self._overlaid:
+            self._overlaid[stage] = SummaryWriter(f"{self.writer.log_dir}/{stage}")
+            for tag, overlaid in tags.items() if "descriptions" in self.parts else ():
+                _describe(self._overlaid[stage], overlaid, describe_tag(tag, self._prefix))
+        for tag in tags.keys() & values.keys():
+            self._overlaid[stage].add_scalar(tags[tag], values[tag], step)
+
+    def flush(self) -> None:
+        """Write everything to the files, where TensorBoard sees it."""
+        for writer in (self.writer, *self._overlaid.values()):
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the overlaid runs; the logger closes the run itself."""
+        for writer in self._overlaid.values():
+            writer.close()
+        self._overlaid.clear()
+
+
+def _describe(writer: SummaryWriter, tag: str, description: str | None) -> None:
+    """Write the description of a scalar, without a point."""
+    if description is not None:
+        plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+        about = SummaryMetadata(summary_description=description, plugin_data=plugin)
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
+
+
+def _caption(point: ValidationPoint) -> str:
+    """Return the result of a validation in words."""
+    interval = "" if math.isnan(point.lower) else f" (interval {point.lower:.3f} to {point.upper:.3f})"
+    return f"{point.bits:.3f} bits a target{interval}, step {point.step}"

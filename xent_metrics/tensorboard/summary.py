@@ -1,0 +1,62 @@
+"""The page of text at the end of a run."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from xent_metrics.readings import ExactReading
+from xent_metrics.tags import BOUNDED_READINGS
+
+
+def summarise(
+    configuration: Mapping[str, Any],
+    values: Mapping[str, float],
+    counts: Mapping[str, ExactReading],
+    num_repeated: int = 0,
+    prefix: str = "",
+) -> str:
+    """Return a page of Markdown: the setup of a run, its last values, and how many targets they were read of.
+
+    Args:
+        configuration: Names and values.
+        values: The last values, by tag.
+        counts: For each stage, a reading of all its targets.
+        num_repeated: Number of samples of the last validation that were left out because another rank has them too.
+        prefix: The text before all tags.
+    """
+    targets = [
+        (stage, f"{reading.num_tokens:,}", f"{reading.num_ignored:,}", f"{reading.num_nonfinite:,}")
+        for stage, reading in counts.items()
+    ]
+    return "\n".join(
+        (
+            _table("What was reached, at the end", ("tag", "value", "interval"), _rows(values, prefix)),
+            _table("What that is read of", ("targets of", "scored", "ignored", "of infinite or NaN loss"), targets),
+            f"Samples that ranks drew twice, left out of the last validation: {num_repeated:,}.\n",
+            _table("Configuration", ("name", "value"), [(f"`{name}`", f"`{v}`") for name, v in configuration.items()]),
+        )
+    )
+
+
+def _rows(values: Mapping[str, float], prefix: str) -> list[tuple[str, str, str]]:
+    """Return tag, value and interval of everything but the ends of intervals, which have no row of their own."""
+    rows = []
+    for tag, value in values.items():
+        stage, _, name = tag.removeprefix(prefix).partition("/")
+        if re.fullmatch(f"({'|'.join(BOUNDED_READINGS)})_(lower|upper)", name):
+            continue
+        # No interval is logged in bits: it is that of the cross-entropy, in another unit.
+        base, unit = ("cross_entropy", math.log(2)) if name == "bits_per_token" else (name, 1.0)
+        ends = [values.get(f"{prefix}{stage}/{base}_{end}") for end in ("lower", "upper")]
+        rows.append((f"`{tag}`", f"{value:.6g}", " to ".join(f"{end / unit:.6g}" for end in ends if end is not None)))
+    return rows
+
+
+def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table under a heading."""
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = (" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines)
+    return f"## {title}\n\n" + "\n".join(f"| {line} |" for line in escaped) + "\n"
