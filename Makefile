@@ -28,8 +28,8 @@ dashboards: $(READY)  ## train a few steps and look at the dashboards in a real 
 bench: $(READY)  ## measure what the library costs beside its peers, on two idle cores (BENCH='--quick' passes options on)
 	$(BIN)/python -m tests.bench $(BENCH)
 
-test: $(READY)  ## run all tests and doctests (PYTEST_ARGS='-k tally -n 4' passes options on)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(BIN)/python -m ruff check

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from xent_metrics import (
     GroupedCrossEntropy,
     NormalizedCrossEntropy,
     Perplexity,
+    functional,
 )
 
 K = 6  # Classes, and labels of a binary target.
@@ -283,6 +285,61 @@ def judge_difference(options: Options, data: Batch) -> dict[str, float]:
     }
 
 
+class Quantity(NamedTuple):
+    """A metric class, its function, and what both of them take.
+
+    Attributes:
+        metric: The class, if there is one.
+        function: The function, if there is one.
+        arguments: Of an update and of the function.
+        inputs: What `input` may be, the default first.
+        binary: Whether targets are yes or no.
+        soft: Whether targets may be distributions.
+        required: Options without a default, by name, for `K` classes.
+    """
+
+    metric: Any
+    function: Callable[..., Any] | None = None
+    arguments: tuple[str, ...] = ("preds", "target", "weight")
+    inputs: tuple[str, ...] = ("logits", "log_probs", "probs", "losses")
+    binary: bool = False
+    soft: bool = True
+    required: Options = {}  # noqa: RUF012  # A default of a named tuple, which nothing changes.
+
+    def options(self, form: Callable[..., Any]) -> set[str]:
+        """Return the names of the options of the function or of the metric."""
+        parameters = inspect.signature(form).parameters.values()
+        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - set(self.arguments)
+
+
+SCORES = ("logits", "log_probs", "probs")
+QUANTITIES = {
+    "cross_entropy": Quantity(CrossEntropy, functional.cross_entropy),
+    "bits_per_token": Quantity(BitsPerToken, functional.bits_per_token),
+    "perplexity": Quantity(Perplexity, functional.perplexity),
+    "report": Quantity(CrossEntropyReport),
+    "bits_per_byte": Quantity(BitsPerByte, functional.bits_per_byte, ("preds", "target", "num_bytes", "weight")),
+    "binary_cross_entropy": Quantity(
+        BinaryCrossEntropy, functional.binary_cross_entropy, inputs=("logits", "probs"), binary=True, soft=False
+    ),
+    "cross_entropy_decomposition": Quantity(
+        CrossEntropyDecomposition, functional.cross_entropy_decomposition, inputs=SCORES
+    ),
+    "grouped_cross_entropy": Quantity(
+        GroupedCrossEntropy,
+        functional.grouped_cross_entropy,
+        ("preds", "target", "group", "weight"),
+        required={"num_groups": GROUPS},
+    ),
+    "normalized_cross_entropy": Quantity(
+        NormalizedCrossEntropy, functional.normalized_cross_entropy, soft=False, required={"num_classes": K}
+    ),
+    "cross_entropy_difference": Quantity(
+        CrossEntropyDifference, functional.cross_entropy_difference, ("preds_a", "preds_b", "target", "weight")
+    ),
+}
+
+
 class Case(NamedTuple):
     """A metric class with options, what its batches are made of, and who judges.
 
@@ -299,6 +356,11 @@ class Case(NamedTuple):
     options: Options = {}  # noqa: RUF012  # A default of a named tuple, which nothing changes.
     data: Options = {}  # noqa: RUF012
     passes: int = 1
+
+    @property
+    def quantity(self) -> Quantity:
+        """What the class measures."""
+        return next(x for x in QUANTITIES.values() if x.metric is self.metric_class)
 
     def metric(self, **more: Any) -> Any:
         """Make a metric."""
@@ -386,6 +448,70 @@ CASES = {
     "CrossEntropyDifference-shift": Case(
         CrossEntropyDifference, judge_difference, {"shift": True, "confidence": 0.8}, PAIR, passes=2
     ),
+}
+
+
+class Form(NamedTuple):
+    """A function with options, and what its batches are made of."""
+
+    function: Callable[..., Any]
+    options: dict[str, Any] = {}  # noqa: RUF012  # Defaults of a named tuple, which nothing changes.
+    data: dict[str, Any] = {}  # noqa: RUF012
+
+    def batches(self) -> list[Batch]:
+        """Make three batches of one shape."""
+        return [make_batches(**self.data)[2] for _ in range(3)]
+
+
+FORMS = {
+    "cross_entropy": Form(functional.cross_entropy),
+    "cross_entropy-weights": Form(
+        functional.cross_entropy,
+        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "unit": "bits"},
+        {"weighed": True},
+    ),
+    "cross_entropy-soft": Form(
+        functional.cross_entropy,
+        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "class_dim": 1, "nan_policy": "raise"},
+        {"target": "soft", "class_dim": 1, "weighed": True},
+    ),
+    "cross_entropy-shift": Form(
+        functional.cross_entropy,
+        {"shift": True, "label_smoothing": 0.1, "label_smoothing_over": "others", "class_dim": 1},
+        {"class_dim": 1, "weighed": True},
+    ),
+    "cross_entropy-losses": Form(
+        functional.cross_entropy, {"input": "losses", "nan_policy": "omit"}, {"preds": "losses", "weighed": True}
+    ),
+    "bits_per_token-probs": Form(functional.bits_per_token, {"input": "probs", "eps": 0.01}, {"preds": "probs"}),
+    "perplexity-shift": Form(functional.perplexity, {"shift": True}, {"weighed": True}),
+    "bits_per_byte-table": Form(functional.bits_per_byte, {"token_bytes": TOKEN_BYTES}, {"weighed": True}),
+    "bits_per_byte-numbers": Form(functional.bits_per_byte, {"shift": True}, {"extra": "numbers"}),
+    "bits_per_byte-number": Form(functional.bits_per_byte, {}, {"extra": "number"}),
+    "binary_cross_entropy": Form(
+        functional.binary_cross_entropy,
+        {"pos_weight": CLASS_WEIGHT, "ignore_index": -1, "label_smoothing": 0.1},
+        {"target": "binary", "ignored": -1, "weighed": True},
+    ),
+    "binary_cross_entropy-probs": Form(
+        functional.binary_cross_entropy, {"input": "probs"}, {"preds": "binary probs", "target": "binary soft"}
+    ),
+    "cross_entropy_decomposition": Form(functional.cross_entropy_decomposition, {}, {"target": "soft"}),
+    "cross_entropy_decomposition-smoothed": Form(
+        functional.cross_entropy_decomposition,
+        {"label_smoothing": 0.1, "class_dim": 1},
+        {"class_dim": 1, "weighed": True},
+    ),
+    "grouped_cross_entropy": Form(
+        functional.grouped_cross_entropy,
+        {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
+        {"extra": "group", "weighed": True},
+    ),
+    "normalized_cross_entropy": Form(functional.normalized_cross_entropy, {"num_classes": K}, {"weighed": True}),
+    "cross_entropy_difference": Form(functional.cross_entropy_difference, {"shift": True}, {**PAIR, "weighed": True}),
+    "per_target_losses": Form(functional.per_target_losses, {"class_weight": CLASS_WEIGHT}),
+    "per_target_losses-soft": Form(functional.per_target_losses, {"label_smoothing": 0.1}, {"target": "soft"}),
+    "tally": Form(functional.tally, {"shift": True}, {"weighed": True}),
 }
 DICTS = (CrossEntropyReport, CrossEntropyDecomposition, CrossEntropyDifference)
 SCALAR = {name: case for name, case in CASES.items() if case.metric_class not in (*DICTS, GroupedCrossEntropy)}

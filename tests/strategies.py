@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import os
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -13,10 +13,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.cases import Quantity
 from xent_metrics import Tally, functional
 from xent_metrics.losses.target_losses import LIMIT
 
-relaxed = settings(deadline=None, max_examples=60)
+THOROUGH = "THOROUGH" in os.environ
+"""Whether to take one's time, as continuous integration does."""
+
+
+def examples(number: int) -> int:
+    """Return how many examples to try: a third where nobody takes their time."""
+    return number if THOROUGH else number // 3
+
+
+relaxed = settings(deadline=None, max_examples=examples(60))
 """Settings of every property test: the first call of a torch operator is slow, which says nothing of the library."""
 
 UNIT = 2**64
@@ -111,22 +121,6 @@ def partitions(draw: st.DrawFn, size: int) -> list[list[int]]:
 # Calls of the public entry points: mostly valid ones, and damage.
 
 
-class Entry(NamedTuple):
-    """A public entry point: its function and its metric, what a batch consists of, and the forms that it reads."""
-
-    function: Callable[..., Any] | None
-    metric: Any = None
-    arguments: tuple[str, ...] = ("preds", "target", "weight")
-    inputs: tuple[str, ...] = ("logits", "log_probs", "probs", "losses")
-    binary: bool = False
-    soft: bool = True
-
-    def options(self, form: Callable[..., Any]) -> set[str]:
-        """Return the names of the options of the function or of the metric."""
-        parameters = inspect.signature(form).parameters.values()
-        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - set(self.arguments)
-
-
 class Call(NamedTuple):
     """Options, and batches that are passed one after the other, each a dict of arguments."""
 
@@ -192,7 +186,7 @@ def weightings(draw: st.DrawFn, shape: tuple[int, ...]) -> Tensor | None:
 
 
 @st.composite
-def calls(draw: st.DrawFn, entry: Entry, num_batches: int = 1, damage: bool = True) -> Call:
+def calls(draw: st.DrawFn, entry: Quantity, num_batches: int = 1, damage: bool = True) -> Call:
     """Calls of an entry point, of targets with 0 to 3 dimensions, about half of them damaged somewhere.
 
     For example options `{"input": "probs", "class_dim": 1, "ignore_index": None, "eps": 0.25}` and a batch `{"preds":
@@ -211,13 +205,13 @@ def calls(draw: st.DrawFn, entry: Entry, num_batches: int = 1, damage: bool = Tr
     return call
 
 
-def _all_options(entry: Entry) -> set[str]:
+def _all_options(entry: Quantity) -> set[str]:
     return set().union(*(entry.options(form) for form in (entry.function, entry.metric) if form is not None))
 
 
 @st.composite
 def _options(
-    draw: st.DrawFn, entry: Entry, form: str, shape: tuple[int, ...], num_classes: int, class_dim: int
+    draw: st.DrawFn, entry: Quantity, form: str, shape: tuple[int, ...], num_classes: int, class_dim: int
 ) -> dict[str, Any]:
     """Draw valid options, some of them left out."""
     losses = form == "losses"
@@ -259,7 +253,7 @@ def _tables(num_classes: int) -> st.SearchStrategy[Tensor]:
 
 @st.composite
 def _batch(
-    draw: st.DrawFn, entry: Entry, options: dict[str, Any], shape: tuple[int, ...], num_classes: int, soft: bool
+    draw: st.DrawFn, entry: Quantity, options: dict[str, Any], shape: tuple[int, ...], num_classes: int, soft: bool
 ) -> dict[str, Any]:
     """Draw the arguments of one valid batch."""
     form, class_dim = options.get("input", entry.inputs[0]), options.get("class_dim", -1)
@@ -294,7 +288,7 @@ def _batch(
 
 
 @st.composite
-def _damaged(draw: st.DrawFn, entry: Entry, call: Call) -> Call:
+def _damaged(draw: st.DrawFn, entry: Quantity, call: Call) -> Call:
     """Replace one thing of a call: an option, or in the last batch a value, a dtype, a shape, or a whole argument."""
     if draw(st.integers(0, 3)) == 0:
         name = draw(st.sampled_from(sorted(_all_options(entry))))

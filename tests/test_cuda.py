@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, Case, filled, numbers
+from tests.cases import CASES, FORMS, Case, Form, filled, numbers
 from tests.losses.test_ignored_rows import LAYOUTS, MASKS
-from tests.metrics.test_traced import FORMS, Form
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Tally, functional
 from xent_metrics.functional import binary_cross_entropy, per_target_losses
 from xent_metrics.tally.tally import COUNTS

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.cases import FORMS, Form
 from tests.conftest import Operators
-from tests.metrics.test_traced import FORMS, Form
 from xent_metrics import CrossEntropy, CrossEntropyReport, Tally, functional
 
 K = 5

@@ -4,85 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.cases import CLASS_WEIGHT, GROUPS, TOKEN_BYTES, Batch, K, make_batches, numbers
+from tests.cases import FORMS, GROUPS, Batch, Form, K, numbers
 from xent_metrics import Tally, functional
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
 
 
-class Form(NamedTuple):
-    """A function with options, and what its batches are made of."""
-
-    function: Callable[..., Any]
-    options: dict[str, Any] = {}  # noqa: RUF012  # Defaults of a named tuple, which nothing changes.
-    data: dict[str, Any] = {}  # noqa: RUF012
-
-    def batches(self) -> list[Batch]:
-        """Make three batches of one shape."""
-        return [make_batches(**self.data)[2] for _ in range(3)]
-
-
-PAIR = ("preds_a", "preds_b")
-FORMS = {
-    "cross_entropy": Form(functional.cross_entropy),
-    "cross_entropy-weights": Form(
-        functional.cross_entropy,
-        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "unit": "bits"},
-        {"weighed": True},
-    ),
-    "cross_entropy-soft": Form(
-        functional.cross_entropy,
-        {"class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "class_dim": 1, "nan_policy": "raise"},
-        {"target": "soft", "class_dim": 1, "weighed": True},
-    ),
-    "cross_entropy-shift": Form(
-        functional.cross_entropy,
-        {"shift": True, "label_smoothing": 0.1, "label_smoothing_over": "others", "class_dim": 1},
-        {"class_dim": 1, "weighed": True},
-    ),
-    "cross_entropy-losses": Form(
-        functional.cross_entropy, {"input": "losses", "nan_policy": "omit"}, {"preds": "losses", "weighed": True}
-    ),
-    "bits_per_token-probs": Form(functional.bits_per_token, {"input": "probs", "eps": 0.01}, {"preds": "probs"}),
-    "perplexity-shift": Form(functional.perplexity, {"shift": True}, {"weighed": True}),
-    "bits_per_byte-table": Form(functional.bits_per_byte, {"token_bytes": TOKEN_BYTES}, {"weighed": True}),
-    "bits_per_byte-numbers": Form(functional.bits_per_byte, {"shift": True}, {"extra": "numbers"}),
-    "bits_per_byte-number": Form(functional.bits_per_byte, {}, {"extra": "number"}),
-    "binary_cross_entropy": Form(
-        functional.binary_cross_entropy,
-        {"pos_weight": CLASS_WEIGHT, "ignore_index": -1, "label_smoothing": 0.1},
-        {"target": "binary", "ignored": -1, "weighed": True},
-    ),
-    "binary_cross_entropy-probs": Form(
-        functional.binary_cross_entropy, {"input": "probs"}, {"preds": "binary probs", "target": "binary soft"}
-    ),
-    "cross_entropy_decomposition": Form(functional.cross_entropy_decomposition, {}, {"target": "soft"}),
-    "cross_entropy_decomposition-smoothed": Form(
-        functional.cross_entropy_decomposition,
-        {"label_smoothing": 0.1, "class_dim": 1},
-        {"class_dim": 1, "weighed": True},
-    ),
-    "grouped_cross_entropy": Form(
-        functional.grouped_cross_entropy,
-        {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
-        {"extra": "group", "weighed": True},
-    ),
-    "normalized_cross_entropy": Form(functional.normalized_cross_entropy, {"num_classes": K}, {"weighed": True}),
-    "cross_entropy_difference": Form(
-        functional.cross_entropy_difference, {"shift": True}, {"names": PAIR, "weighed": True}
-    ),
-    "per_target_losses": Form(functional.per_target_losses, {"class_weight": CLASS_WEIGHT}),
-    "per_target_losses-soft": Form(functional.per_target_losses, {"label_smoothing": 0.1}, {"target": "soft"}),
-    "tally": Form(functional.tally, {"shift": True}, {"weighed": True}),
-}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 # Exporting traces as compiling does: one form of each function, and of each kind of input.
 EXPORTED = (

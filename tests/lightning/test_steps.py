@@ -1,0 +1,192 @@
+"""Bad values, and steps that return something else."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.lightning.fits import (
+    IGNORED,
+    NUM_TRAIN,
+    Expected,
+    K,
+    Model,
+    assert_points,
+    make_trainer,
+    ragged_loader,
+    readings,
+)
+from tests.lightning.monitored import NAMES, logged, monitored, tagged
+from xent_metrics.lightning import CrossEntropyMonitor
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
+]
+
+
+@pytest.mark.parametrize("stage", ["train", "val", "test"])
+def test_a_target_out_of_range_stops_the_run(tmp_path, stage) -> None:
+    """It is never wrapped or dropped: the error says how many there are, an example and where to look."""
+
+    def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        return outputs | {"target": torch.where(batch[1] == 1, K + 5, batch[1])} if of == stage else outputs
+
+    module, trainer = Model("logits", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    run = {"train": trainer.fit, "val": trainer.validate, "test": trainer.test}[stage]
+    with pytest.raises(ValueError, match=rf"`target` must hold class indices in \[0, {K}\).* such as {K + 5}; check"):
+        run(module, ragged_loader(3))
+
+
+@pytest.mark.usefixtures("hidden_values")
+@pytest.mark.parametrize(("stage", "seen"), [("train", 4), ("val", 3), ("test", 3)])
+def test_an_accelerator_is_not_asked_until_a_log_point(tmp_path, stage, seen) -> None:
+    """There a target out of range raises where it would be logged: at the log point, or at the end of the epoch."""
+
+    def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        spoil = of == stage and batch_idx == 2
+        return outputs | {"target": torch.full_like(batch[1], K)} if spoil else outputs
+
+    module, trainer = Model("logits", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    run = {"train": trainer.fit, "val": trainer.validate, "test": trainer.test}[stage]
+    with pytest.raises(ValueError, match=r"`target` must hold class indices.* but 16 targets were outside; map them"):
+        run(module, ragged_loader(3 if stage != "train" else NUM_TRAIN))
+    assert len(module.train_batches if stage == "train" else module.evaluations[0][0]) == seen
+
+
+def test_what_has_no_target_reads_nan(tmp_path) -> None:
+    """An epoch of padding only has no cross-entropy, no interval and no best; the next one has them."""
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        padding = module.trainer.current_epoch == 0 and stage != "test"
+        return outputs | {"target": torch.full_like(batch[1], IGNORED)} if padding else outputs
+
+    module = Model(adapt=adapt)
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), log_every_n_steps=NUM_TRAIN)
+    trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
+    nothing = dict.fromkeys(NAMES, math.nan)
+    expected = Expected().add("train", 6, nothing).add("train", 6, nothing, "_epoch").add("val", 6, nothing)
+    expected.add("val", 6, {"best_bits_per_token": math.nan})
+    second = module.train_batches[NUM_TRAIN:]
+    expected.add("train", 13, readings(second)).add("train", 13, readings(second), "_epoch")
+    expected.validations(module.evaluations[1:], 13)
+    assert_points(logged(trainer), expected.points)
+
+
+def test_a_mean_of_no_targets_counts_for_nothing(tmp_path) -> None:
+    """It is 0 / 0, and so NaN, of 0 tokens."""
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"loss": torch.tensor(math.nan), "num_tokens": 0} if (stage, batch_idx) == ("val", 1) else outputs
+
+    module, trainer = Model("mean", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    [first, _, third] = module.evaluations[0][0]
+    assert monitored(trainer) == pytest.approx(tagged("val", readings([first, third])), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
+def test_an_empty_loader_of_several_is_not_logged(tmp_path) -> None:
+    """The other one is the whole, and its tags would say so twice."""
+    module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, [ragged_loader(2), DataLoader([], batch_size=None)], verbose=False)
+    [by_loader] = module.evaluations
+    assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
+
+
+def one_infinite(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+    """Make the first loss of the second batch infinite."""
+    if batch_idx != 1 or stage == "train":
+        return outputs
+    losses = outputs["losses"].clone()
+    losses[0, 0] = math.inf
+    return outputs | {"losses": losses}
+
+
+def test_infinite_losses_do_what_the_policy_says(tmp_path) -> None:
+    """They make everything infinite, are left out, or stop the run."""
+    module = Model(adapt=one_infinite)
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    [seen] = trainer.validate(module, ragged_loader(3), verbose=False)
+    assert {name: seen[f"val/{name}"] for name in NAMES} == dict.fromkeys(NAMES, math.inf)
+    assert all(
+        math.isnan(seen[f"val/{name}_{end}"]) for name in ("cross_entropy", "perplexity") for end in ("lower", "upper")
+    )
+    [first, (wide, y), third] = module.evaluations[0][0]
+    y, wide = y.clone(), wide.clone()
+    wide[0, 0], y[0, 0] = 0, IGNORED
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(nan_policy="omit"))
+    [seen] = trainer.validate(module, ragged_loader(3), verbose=False)
+    assert {name: seen[f"val/{name}"] for name in NAMES} == pytest.approx(readings([first, (wide, y), third]), rel=1e-6)
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(nan_policy="raise"))
+    with pytest.raises(
+        ValueError, match=r"`nan_policy='raise'` allows finite losses only.* 1 infinite.*nan_policy='omit'"
+    ):
+        trainer.validate(module, ragged_loader(3), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"loss": 2.0, "num_tokens": 8}, '"loss", a tensor of one float, got .*2.0'),
+        ({"loss": torch.ones(2), "num_tokens": 8}, '"loss", a tensor of one float, got a tensor .*return "losses"'),
+        ({"loss": torch.ones(()), "num_tokens": 2.7}, '"num_tokens", one integer, got .*2.7; count them'),
+        ({"loss": torch.ones(()), "num_tokens": None}, '"num_tokens", one integer, got .*None'),
+        ({"loss": torch.ones(()), "num_tokens": torch.tensor(3.0)}, '"num_tokens", one integer, got a tensor'),
+    ],
+)
+def test_a_mean_that_is_none_is_told_what_it_lacks(tmp_path, form, message) -> None:
+    """Nothing is rounded or guessed."""
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    with pytest.raises(TypeError, match=f"validation_step must return .*{message}"):
+        trainer.validate(Model(adapt=lambda *_: form), ragged_loader(1), verbose=False)
+
+
+def test_labels_count_where_the_target_is_none(tmp_path) -> None:
+    """Hugging Face outputs have keys whose value is None."""
+    module = Model(adapt=lambda stage, outputs, batch, i: outputs | {"target": None, "labels": outputs["target"]})
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    assert monitored(trainer)["val/cross_entropy"] == pytest.approx(
+        readings(module.evaluations[0][0])["cross_entropy"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "returned", "seen"),
+    [
+        ("training", "loss and more", "['extra', 'loss']"),
+        ("training", "tensor", "['loss']"),  # As Lightning hands it on; a step that returns None it skips.
+        ("validation", "loss and more", "['extra', 'loss']"),
+        ("validation", "tensor", "Tensor"),
+        ("validation", "nothing", "NoneType"),
+        ("test", "loss and more", "['extra', 'loss']"),
+        ("test", "tensor", "Tensor"),
+        ("test", "nothing", "NoneType"),
+    ],
+)
+def test_a_step_that_returns_no_form_is_told_the_three(tmp_path, stage, returned, seen) -> None:
+    """The error names the step, the forms, what arrived, and the way out."""
+
+    def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> Any:
+        loss = outputs["loss"]
+        return {"loss and more": {"loss": loss, "extra": 1}, "tensor": loss, "nothing": None}[returned]
+
+    module, trainer = Model(adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    run = {"training": trainer.fit, "validation": trainer.validate, "test": trainer.test}[stage]
+    forms = r'\{"losses": .*\{"logits": .*"labels".*\{"loss": .*"num_tokens": '
+    with pytest.raises(ValueError, match=rf"^{stage}_step must return {forms}.*, got {re.escape(seen)}; .*`extract`"):
+        run(module, ragged_loader(3))
+
+
+def test_an_extract_that_returns_no_form_is_told_the_three(tmp_path) -> None:
+    """The error names the function, and the step whose outputs it got."""
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(lambda outputs, batch: {"nll": outputs["losses"]}))
+    message = r"`extract`, called after test_step, must return .*\{\"loss\": .*, got \['nll'\]"
+    with pytest.raises(ValueError, match=message):
+        trainer.test(Model(), ragged_loader(3), verbose=False)
