@@ -122,7 +122,7 @@ def row(*cells: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 @pytest.fixture(name="deferred")
 def _deferred(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let bad values on the CPU be counted, as they are on an accelerator."""
-    for module in ("checks", "batch"):
+    for module in ("checks",):
         monkeypatch.setattr(f"xent_metrics.{module}.free_to_look", lambda _: False)
 
 

@@ -201,7 +201,7 @@ def test_probabilities(class_dim: int, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", [-0.5, 1.5])
 def test_improper_probabilities(bad: float, eps: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One counts in a row that is scored and is nobody's business in one that is not."""
-    monkeypatch.setattr("xent_metrics.batch.raises_now", lambda _: False)
+    monkeypatch.setattr("xent_metrics.checks.raises_now", lambda _: False)
     preds, target = torch.randn(256, 1000).softmax(-1), torch.randint(0, 1000, (256,))
     rows = torch.tensor([3, 4, 40, 255])
     preds[rows, 7] = bad
@@ -224,7 +224,7 @@ def test_targets_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     bad[::2], bad[1::16] = -100, 1000
     with pytest.raises(ValueError, match="got 16 that are neither, such as 1000"):
         metric.update(preds, bad)
-    monkeypatch.setattr("xent_metrics.batch.raises_now", lambda _: False)
+    monkeypatch.setattr("xent_metrics.checks.raises_now", lambda _: False)
     with Normalized() as normalized:
         metric.update(preds, bad)
     assert normalized.scores == 112 * 1000

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics.batch import group_scored, score_batch, tally_scored, target_shape
 from xent_metrics.checks import as_token_table, check_num_classes, describe, is_integer, is_integral
 from xent_metrics.kernels import Backend
 from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
+from xent_metrics.metrics.score import ScoredBatch, score_batch, tally_scored, tally_scored_by_group, target_shape
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
 Tallies = tuple[Tally | GroupTally, ...]
@@ -127,7 +127,8 @@ class OutputReader:
 
     def score(self, form: Form) -> list[TargetLosses]:
         """Return the losses of all targets: per token, and with `token_bytes` also per byte."""
-        return score_batch(form.preds, form.target, None, form.options, token_bytes=self.token_bytes)[0]
+        scored = score_batch(form.preds, form.target, None, form.options, token_bytes=self.token_bytes)
+        return [part for part in scored[:2] if part is not None]
 
     def classes(self, form: Form) -> tuple[Tensor | None, int | None]:
         """Return the class of every target, and how many classes there are, as far as the form knows them."""
@@ -140,8 +141,9 @@ class OutputReader:
         """Tally a form with groups of which the losses are known."""
         assert form.group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
-        by_group = group_scored(losses, form.group, form.target, form.options, len(self.groups), fix)
-        return (tally_scored(losses), *by_group)
+        scored = ScoredBatch(*losses)  # type: ignore[arg-type]
+        by_group = tally_scored_by_group(scored, form.group, form.target, form.options, len(self.groups), fix)
+        return (tally_scored(scored), *by_group)
 
     @staticmethod
     def tally_mean(mean: Mean) -> Tallies:
@@ -235,7 +237,8 @@ class Pool:
     def _tally_kept(self) -> None:
         if self._kept:
             kept, self._kept, self._num_losses = self._kept, [], 0
-            self.add((tally_scored([TargetLosses.join(kinds) for kinds in zip(*kept, strict=True)]),))
+            joined = [TargetLosses.join(kinds) for kinds in zip(*kept, strict=True)]
+            self.add((tally_scored(ScoredBatch(*joined)),))  # type: ignore[arg-type]
 
 
 def _row(losses: list[TargetLosses]) -> tuple[Any, ...]:
