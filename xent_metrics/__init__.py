@@ -14,9 +14,9 @@ from xent_metrics.metrics import (
     GroupedCrossEntropy,
     NormalizedCrossEntropy,
     Perplexity,
+    compute_together,
 )
-from xent_metrics.tally.tally import GroupTally, Tally
-from xent_metrics.tally_metric import compute_together
+from xent_metrics.tally import GroupTally, Tally
 from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
 
 __version__ = "0.1.0"

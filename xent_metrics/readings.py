@@ -1,10 +1,11 @@
-"""From a tally to the numbers that people want: nats, bits, perplexity, an interval.
+"""From a tally to numbers: nats, bits, perplexity, an interval, counts.
 
-Two readers with the same properties. `ExactReading` works on the host in integers and rationals, and rounds once: its
-numbers are the same on every device and for any batching. `DeviceReading` never leaves the device, for the places that
-must not wait for it (the value of a batch, functional forms): floating point, some 1e-16 off.
+`Reading` defines every number once, in terms of the mean, its standard error and `exp`. The subclasses say how these
+are made. `ExactReading` works on the host in integers and rationals and rounds once, so its numbers are the same on
+every device and for any batching. `GroupReading` does so for each of many groups. `DeviceReading` never waits for the
+device: it computes in floating point, some 1e-16 off.
 
-All arithmetic is in nats; a unit changes once, at the very end.
+All arithmetic is in nats. A unit changes once, at the very end.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
 from statistics import NormalDist
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
-import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
@@ -28,73 +28,159 @@ from xent_metrics.tally.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tal
 NanPolicy = Literal["propagate", "omit", "raise"]
 Unit = Literal["nats", "bits"]
 
-DIFFERENCE = {
-    "difference": "cross_entropy",
-    "difference_stderr": "cross_entropy_stderr",
-    "difference_lower": "cross_entropy_lower",
-    "difference_upper": "cross_entropy_upper",
-    "perplexity_ratio": "perplexity",
-    "perplexity_ratio_lower": "perplexity_lower",
-    "perplexity_ratio_upper": "perplexity_upper",
-}
-"""What the readings of a tally are called if its losses are differences of two models' losses."""
+
+@dataclass(frozen=True)
+class ReadingInfo:
+    """What a reading is, for whoever logs, plots or explains it.
+
+    Attributes:
+        name: What it is called, everywhere.
+        unit: `"nats"`, `"bits"`, `"targets"`, or `"1"` for a pure number.
+        definition: One sentence in Markdown, for a reader in a hurry.
+        lower: The lower bound of a plot's axis; None where there is none.
+    """
+
+    name: str
+    unit: Literal["nats", "bits", "1", "targets"]
+    definition: str
+    lower: float | None = 0.0
+
+    @property
+    def is_count(self) -> bool:
+        """Whether it is a number of targets, an integer."""
+        return self.unit == "targets"
+
+
+_READINGS = (
+    ReadingInfo("cross_entropy", "nats", "`sum(weight * loss) / sum(weight)`, with `-log q[target]` as loss."),
+    ReadingInfo(
+        "bits_per_token", "bits", "Cross-entropy over `ln 2`: what a code built on the model spends on a token."
+    ),
+    ReadingInfo(
+        "perplexity", "1", "`exp` of the cross-entropy: that many equally likely tokens surprise as much.", 1.0
+    ),
+    ReadingInfo("cross_entropy_stderr", "nats", "Standard error of the cross-entropy; the sample is one of sequences."),
+    ReadingInfo("cross_entropy_lower", "nats", "Lower end of the interval of the cross-entropy.", None),
+    ReadingInfo("cross_entropy_upper", "nats", "Upper end of the interval of the cross-entropy."),
+    ReadingInfo("perplexity_lower", "1", "`exp` of the lower end of the interval of the cross-entropy."),
+    ReadingInfo("perplexity_upper", "1", "`exp` of the upper end of the interval of the cross-entropy.", 1.0),
+    ReadingInfo("num_tokens", "targets", "Targets scored, those of non-finite loss included."),
+    ReadingInfo("num_ignored", "targets", "Targets not scored: `ignore_index`, weight 0, or masked."),
+    ReadingInfo("num_nonfinite", "targets", "Scored targets whose loss is infinite or NaN."),
+    ReadingInfo("bits_per_byte", "bits", "Total bits over the total UTF-8 bytes that the tokens stand for."),
+)
+READINGS = {info.name: info for info in _READINGS}
+"""Every reading, in the order in which they are shown."""
 
 # Irrational functions are evaluated to 40 digits, so that rounding to a float64 happens once.
 _DECIMAL = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)
-_LN_2 = Fraction(_DECIMAL.ln(Decimal(2)))
+_NATS_IN: dict[Unit, Fraction] = {"nats": Fraction(1), "bits": Fraction(_DECIMAL.ln(Decimal(2)))}
 
 _MIN_SEQUENCE_BITS = 8
 """The root mean square of the sequences' weights needs this many bits, or the interval is noise and reads NaN."""
 
-
-def check_reading(nan_policy: NanPolicy, confidence: float = 0.95) -> None:
-    """Raise unless both arguments are ones that a reading understands."""
-    if nan_policy not in get_args(NanPolicy):
-        raise ValueError(f"`nan_policy` must be one of {list(get_args(NanPolicy))}, got {nan_policy!r}.")
-    if isinstance(confidence, bool) or not isinstance(confidence, float) or not 0.0 < confidence < 1.0:
-        raise ValueError(f"`confidence` must be a float between 0 and 1, got {confidence!r}; 0.95 is usual.")
+Value = TypeVar("Value")
+Count = TypeVar("Count")
 
 
-def check_unit(unit: Unit) -> None:
-    """Raise unless `unit` is one that a cross-entropy can be read in."""
-    if unit not in get_args(Unit):
-        raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
+class Reading(Generic[Value, Count]):
+    """What a tally says: each number is defined here, once.
 
-
-def check_valid(
-    totals: Totals, groupless: int = 0, kept: bool = True, targets: str = CLASS_TARGETS, weights: str = "`weight`"
-) -> None:
-    """Raise if something was seen that no reading can be trusted with: targets, probabilities, weights or groups.
-
-    Args:
-        totals: What was seen.
-        groupless: Number of scored targets without a valid group.
-        kept: Whether a metric keeps it until it is reset.
-        targets: What targets must be.
-        weights: What the denominator is made of.
+    Attributes:
+        nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"`, or `"raise"`.
+        confidence: Probability that the intervals cover the mean of all sequences.
     """
-    counts = {**totals._asdict(), "groupless": groupless}
-    for mistake in MISTAKES:
-        if counts[mistake.count]:
-            raise ValueError(counted_mistake(mistake, counts[mistake.count], kept, targets, weights))
+
+    nan_policy: NanPolicy
+    confidence: float
+
+    @property
+    def mean(self) -> Any:
+        """Sum of `weight * loss` over the sum of `weight`, in nats, not rounded yet; NaN without targets."""
+        raise NotImplementedError
+
+    def in_unit(self, unit: Unit) -> Value:
+        """Return the cross-entropy in nats or in bits."""
+        raise NotImplementedError
+
+    def _exp(self, nats: Any) -> Value:
+        raise NotImplementedError
+
+    def _count(self, name: str) -> Count:
+        raise NotImplementedError
+
+    @property
+    def cross_entropy(self) -> Value:
+        """Sum of `weight * loss` over the sum of `weight`, in nats; NaN without targets."""
+        return self.in_unit("nats")
+
+    @property
+    def bits_per_token(self) -> Value:
+        """Cross-entropy in bits: nats over ln 2."""
+        return self.in_unit("bits")
+
+    @property
+    def perplexity(self) -> Value:
+        """`exp` of the cross-entropy in nats; `inf` only where it exceeds the largest float."""
+        return self._exp(self.mean)
+
+    @property
+    def cross_entropy_stderr(self) -> Value:
+        """Standard error of the cross-entropy, clustered by sequence; NaN for fewer than two sequences."""
+        raise NotImplementedError
+
+    @property
+    def cross_entropy_lower(self) -> Value:
+        """Lower end of the interval: so many standard errors of a normal distribution below the cross-entropy."""
+        nats: Any = self.cross_entropy
+        return nats - self._margin()  # type: ignore[no-any-return]
+
+    @property
+    def cross_entropy_upper(self) -> Value:
+        """Upper end of the interval."""
+        nats: Any = self.cross_entropy
+        return nats + self._margin()  # type: ignore[no-any-return]
+
+    @property
+    def perplexity_lower(self) -> Value:
+        """`exp` of `cross_entropy_lower`."""
+        return self._exp(self.cross_entropy_lower)
+
+    @property
+    def perplexity_upper(self) -> Value:
+        """`exp` of `cross_entropy_upper`."""
+        return self._exp(self.cross_entropy_upper)
+
+    @property
+    def num_tokens(self) -> Count:
+        """Number of targets scored, those of non-finite loss included."""
+        return self._count("scored")
+
+    @property
+    def num_ignored(self) -> Count:
+        """Number of targets not scored: `ignore_index`, weight 0, or masked."""
+        return self._count("ignored")
+
+    @property
+    def num_nonfinite(self) -> Count:
+        """Number of scored targets with an infinite or NaN loss."""
+        return self._count("nonfinite")
+
+    def _margin(self) -> Any:
+        stderr: Any = self.cross_entropy_stderr
+        return normal_quantile(self.confidence) * stderr
 
 
 @dataclass(frozen=True)
-class ExactReading:
-    """Readings of a tally on the host, correctly rounded.
-
-    Attributes:
-        totals: The tally.
-        nan_policy: What non-finite losses do: `"propagate"` as IEEE addition would, `"omit"`, or `"raise"`.
-        confidence: Probability that the intervals cover the mean of all sequences.
-    """
+class ExactReading(Reading[float, int]):
+    """Readings of a tally on the host, correctly rounded."""
 
     totals: Totals
     nan_policy: NanPolicy = "propagate"
     confidence: float = 0.95
 
     def require_finite(self) -> None:
-        """Raise if there were infinite or NaN losses and `nan_policy` does not allow them."""
+        """Raise ValueError if there were infinite or NaN losses and `nan_policy` is `"raise"`."""
         totals = self.totals
         if totals.nonfinite and self.nan_policy == "raise":
             raise ValueError(
@@ -109,29 +195,13 @@ class ExactReading:
         self.require_finite()
         totals = self.totals
         if totals.nonfinite and self.nan_policy == "propagate":
-            if totals.nan or (totals.positive_infinite and totals.negative_infinite):
-                return math.nan
-            return math.inf if totals.positive_infinite else -math.inf
+            return _nonfinite_sum(totals.positive_infinite, totals.negative_infinite, totals.nan)
         # The weight of no targets may be positive: bytes that were given for a text of which nothing was scored.
         return Fraction(totals.loss, totals.weight) if totals.weight and totals.scored else math.nan
 
-    @property
-    def cross_entropy(self) -> float:
-        """Sum of `weight * loss` over the sum of `weight`, in nats; NaN without targets."""
-        return float(self.mean)
-
-    @property
-    def bits_per_token(self) -> float:
-        """Cross-entropy in bits: nats over ln 2."""
-        mean = self.mean
-        if not isinstance(mean, Fraction):
-            return mean
-        return mean.numerator * _LN_2.denominator / (mean.denominator * _LN_2.numerator)  # Integers: rounded once.
-
-    @property
-    def perplexity(self) -> float:
-        """`exp` of the cross-entropy in nats; `inf` only where it exceeds the largest float64."""
-        return _exp(self.mean)
+    def in_unit(self, unit: Unit) -> float:
+        """Return the cross-entropy in nats or in bits."""
+        return _divide(self.mean, unit)
 
     @cached_property
     def cross_entropy_stderr(self) -> float:
@@ -156,244 +226,166 @@ class ExactReading:
         above = Decimal(count * squares << 2 * (FRACTION_BITS - SEQUENCE_BITS))
         return float(_DECIMAL.sqrt(_DECIMAL.divide(above, Decimal((count - 1) * (down * totals.weight) ** 2))))
 
-    @property
-    def cross_entropy_lower(self) -> float:
-        """Lower end of the interval: so many standard errors of a normal distribution below the cross-entropy."""
-        return self.cross_entropy - self._margin
+    def _exp(self, nats: Fraction | float) -> float:
+        return _exp(nats)
 
-    @property
-    def cross_entropy_upper(self) -> float:
-        """Upper end of the interval."""
-        return self.cross_entropy + self._margin
-
-    @property
-    def perplexity_lower(self) -> float:
-        """`exp` of `cross_entropy_lower`."""
-        return _exp(self.cross_entropy_lower)
-
-    @property
-    def perplexity_upper(self) -> float:
-        """`exp` of `cross_entropy_upper`."""
-        return _exp(self.cross_entropy_upper)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of targets scored, those of non-finite loss included."""
-        return self.totals.scored
-
-    @property
-    def num_ignored(self) -> int:
-        """Number of targets not scored: `ignore_index`, weight 0, or masked."""
-        return self.totals.ignored
-
-    @property
-    def num_nonfinite(self) -> int:
-        """Number of scored targets with an infinite or NaN loss."""
-        return self.totals.nonfinite
-
-    @property
-    def _margin(self) -> float:
-        return normal_quantile(self.confidence) * self.cross_entropy_stderr
-
-
-class DeviceReading:
-    """The same readings as tensors, without waiting for the device: NaN where `ExactReading` raises.
-
-    Args:
-        tally: The tally, or one of groups: `cross_entropy` and `bits_per_token` are then one value a group.
-        nan_policy: As in `ExactReading`.
-        confidence: As in `ExactReading`.
-    """
-
-    def __init__(
-        self,
-        tally: Tally | GroupTally,
-        nan_policy: NanPolicy = "propagate",
-        confidence: float = 0.95,
-    ) -> None:
-        self.tally = tally
-        self.nan_policy = nan_policy
-        self.confidence = confidence
-        self.sums = tally.float_sums(_runtime.widest_float(tally.state.device))
-        self.counts = tally.counts()
-        self.cross_entropy: Tensor = self._mean(self.sums["loss"], self.sums["weight"])
-        self._stderr: Any = None  # Not cached properties, whose lock compiled code cannot take.
-        self._margin: Any = None
-
-    def _mean(self, loss: Any, weight: Any) -> Any:
-        """See `ExactReading.cross_entropy`."""
-        count = self.counts
-        mean = _replace(loss / weight, (weight == 0) | (count["scored"] == 0), math.nan)
-        if self.nan_policy == "propagate":
-            positive, negative = count["positive_infinite"] > 0, count["negative_infinite"] > 0
-            mean = _replace(_replace(mean, positive, math.inf), negative, -math.inf)
-            mean = _replace(mean, (count["nan"] > 0) | (positive & negative), math.nan)
-        elif self.nan_policy == "raise":
-            mean = _replace(mean, (self.num_nonfinite > 0).any(), math.nan)
-        invalid = count["out_of_range"] + count["improper"] + count["invalid_weight"]
-        if isinstance(self.tally, GroupTally):
-            invalid = invalid + self.tally.num_groupless()
-        return _replace(mean, invalid > 0, math.nan)
-
-    @property
-    def mean(self) -> Tensor:
-        """See `ExactReading.mean`."""
-        return self.cross_entropy
-
-    @property
-    def bits_per_token(self) -> Tensor:
-        """See `ExactReading.bits_per_token`."""
-        return self.cross_entropy / math.log(2)
-
-    @property
-    def perplexity(self) -> Tensor:
-        """See `ExactReading.perplexity`."""
-        return _exp_on_device(self.cross_entropy)
-
-    @property
-    def cross_entropy_stderr(self) -> Tensor:
-        """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
-        if self._stderr is None:
-            self._stderr = self._compute_stderr()
-        stderr: Tensor = self._stderr
-        return stderr
-
-    def _compute_stderr(self) -> Any:
-        mean, sums = self.cross_entropy, self.sums
-        count = self.counts["sequences"]
-        squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
-        stderr = torch.sqrt(squares.clip(min=0) * count / (count - 1)) / sums["weight"]
-        too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-        invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~torch.isfinite(mean)
-        return _replace(stderr, invalid, math.nan)
-
-    @property
-    def cross_entropy_lower(self) -> Tensor:
-        """See `ExactReading.cross_entropy_lower`."""
-        return self.cross_entropy - self._half_width()
-
-    @property
-    def cross_entropy_upper(self) -> Tensor:
-        """See `ExactReading.cross_entropy_upper`."""
-        return self.cross_entropy + self._half_width()
-
-    def _half_width(self) -> Tensor:
-        if self._margin is None:
-            self._margin = normal_quantile(self.confidence) * self.cross_entropy_stderr
-        margin: Tensor = self._margin
-        return margin
-
-    @property
-    def perplexity_lower(self) -> Tensor:
-        """See `ExactReading.perplexity_lower`."""
-        return _exp_on_device(self.cross_entropy_lower)
-
-    @property
-    def perplexity_upper(self) -> Tensor:
-        """See `ExactReading.perplexity_upper`."""
-        return _exp_on_device(self.cross_entropy_upper)
-
-    @property
-    def normalized_cross_entropy(self) -> Tensor:
-        """See `GroupReading.normalized_cross_entropy`."""
-        assert isinstance(self.tally, GroupTally)
-        overall = DeviceReading(self.tally.overall(), self.nan_policy).cross_entropy
-        weight = self.sums["weight"]
-        entropy = torch.special.entr(weight / weight.sum()).sum()
-        value = torch.where(overall.isinf(), overall, (overall / entropy).masked_fill(entropy == 0, math.nan))
-        return value.masked_fill(self.tally.num_groupless() > 0, math.nan)
-
-    @property
-    def num_tokens(self) -> Tensor:
-        """See `ExactReading.num_tokens`."""
-        count: Tensor = self.counts["scored"]
-        return count
-
-    @property
-    def num_ignored(self) -> Tensor:
-        """See `ExactReading.num_ignored`."""
-        count: Tensor = self.counts["ignored"]
-        return count
-
-    @property
-    def num_nonfinite(self) -> Tensor:
-        """See `ExactReading.num_nonfinite`."""
-        count: Tensor = sum(self.counts[name] for name in ("positive_infinite", "negative_infinite", "nan"))
-        return count
+    def _count(self, name: str) -> int:
+        number: int = getattr(self.totals, name)
+        return number
 
 
 @dataclass(frozen=True)
-class GroupReading:
-    """Readings of a group tally on the host, each correctly rounded but for the entropy, which is some 1e-15 off.
+class GroupReading(Reading[list[float], list[int]]):
+    """Readings of a group tally on the host: one correctly rounded number for each group, and no intervals.
 
-    Attributes:
-        totals: The tally.
-        nan_policy: As in `ExactReading`; it holds for each group by itself.
+    `nan_policy` holds for each group by itself, but `"raise"` for all.
     """
 
     totals: GroupTotals
     nan_policy: NanPolicy = "propagate"
 
-    @property
-    def cross_entropy(self) -> list[float]:
-        """Cross-entropy of each group in nats; NaN without targets."""
-        return self._means(Fraction(1))
+    def require_finite(self) -> None:
+        """Raise ValueError if there were infinite or NaN losses and `nan_policy` is `"raise"`."""
+        self.overall.require_finite()
 
-    @property
-    def bits_per_token(self) -> list[float]:
-        """Cross-entropy of each group in bits."""
-        return self._means(_LN_2)
+    @cached_property
+    def mean(self) -> list[Fraction | float]:
+        """Cross-entropy of each group in nats as a rational, or NaN or an infinity."""
+        self.require_finite()
+        totals = self.totals
+        means: list[Fraction | float] = [
+            Fraction(loss, weight) if weight else math.nan
+            for loss, weight in zip(totals.loss, totals.weight, strict=True)
+        ]
+        if totals.everything.nonfinite and self.nan_policy == "propagate":
+            for group, counts in enumerate(totals.nonfinite):
+                if any(counts):
+                    means[group] = _nonfinite_sum(*counts)
+        return means
 
-    @property
-    def perplexity(self) -> list[float]:
-        """`exp` of each group's cross-entropy."""
-        return [_exp(mean) for mean in self.cross_entropy]
-
-    @property
-    def num_tokens(self) -> list[int]:
-        """Number of targets of each group that were scored, those of non-finite loss included."""
-        return self.totals.scored
+    def in_unit(self, unit: Unit) -> list[float]:
+        """Return the cross-entropy of each group in nats or in bits."""
+        return [_divide(mean, unit) for mean in self.mean]
 
     @property
     def overall(self) -> ExactReading:
         """What all targets together read."""
         return ExactReading(self.totals.everything, self.nan_policy)
 
-    @property
-    def entropy(self) -> float:
-        """Entropy in nats of the frequencies of the groups, a target counting as its weight; NaN without targets."""
-        whole = self.totals.everything.weight
-        if not whole:
-            return math.nan
-        # Each logarithm is taken where it is accurate: log1p of what is missing for a group of more than half.
-        return math.fsum(
-            -part / whole * (math.log(part / whole) if 2 * part < whole else math.log1p((part - whole) / whole))
-            for part in self.totals.weight
-            if part
+    def _exp(self, nats: list[Fraction | float]) -> list[float]:
+        return [_exp(x) for x in nats]
+
+    def _count(self, name: str) -> list[int]:
+        if name == "nonfinite":
+            return [sum(counts) for counts in self.totals.nonfinite]
+        number: list[int] = getattr(self.totals, name)
+        return number
+
+
+class DeviceReading(Reading[Tensor, Tensor]):
+    """Readings as tensors, without waiting for the device: NaN where the exact readings raise.
+
+    Args:
+        tally: The tally; or one of groups, which reads as one value for each group, without intervals.
+        nan_policy: See `Reading`.
+        confidence: See `Reading`.
+    """
+
+    def __init__(
+        self, tally: Tally | GroupTally, nan_policy: NanPolicy = "propagate", confidence: float = 0.95
+    ) -> None:
+        self.tally = tally
+        self.nan_policy = nan_policy
+        self.confidence = confidence
+        self.sums = tally.float_sums(_runtime.widest_float(tally.state.device))
+        self.counts = tally.counts()
+        self._mean = self._compute_mean()
+        # Not cached properties, whose lock compiled code cannot take.
+        self._stderr: Tensor | None = None
+        self._half_width: Tensor | None = None
+
+    def _compute_mean(self) -> Tensor:
+        sums, count = self.sums, self.counts
+        mean: Tensor = (sums["loss"] / sums["weight"]).masked_fill(
+            (sums["weight"] == 0) | (count["scored"] == 0), math.nan
         )
+        if self.nan_policy == "propagate":
+            positive, negative = count["positive_infinite"] > 0, count["negative_infinite"] > 0
+            mean = mean.masked_fill(positive, math.inf).masked_fill(negative, -math.inf)
+            mean = mean.masked_fill((count["nan"] > 0) | (positive & negative), math.nan)
+        elif self.nan_policy == "raise":
+            mean = mean.masked_fill((self.num_nonfinite > 0).any(), math.nan)
+        invalid = count["out_of_range"] + count["improper"] + count["invalid_weight"]
+        if isinstance(self.tally, GroupTally):
+            invalid = invalid + self.tally.num_groupless()
+        return mean.masked_fill(invalid > 0, math.nan)
 
     @property
-    def normalized_cross_entropy(self) -> float:
-        """Cross-entropy over the entropy of the frequencies; NaN where that is 0, and without targets."""
-        overall, entropy = self.overall.cross_entropy, self.entropy
-        if math.isinf(overall):
-            return overall  # Whatever the frequencies: they lack the targets that made it so.
-        return overall / entropy if entropy else math.nan
+    def mean(self) -> Tensor:
+        """Cross-entropy in nats."""
+        return self._mean
 
-    def _means(self, unit: Fraction) -> list[float]:
-        """Divide loss by weight for each group; an integer over an integer is rounded once."""
-        self.overall.require_finite()
-        up, down = unit.denominator, unit.numerator
-        means = [
-            loss * up / (weight * down) if weight else math.nan
-            for loss, weight in zip(self.totals.loss, self.totals.weight, strict=True)
-        ]
-        if self.totals.everything.nonfinite and self.nan_policy == "propagate":
-            for group, (positive, negative, nan) in enumerate(self.totals.nonfinite):
-                if positive or negative or nan:
-                    both = positive and negative
-                    means[group] = math.nan if nan or both else math.inf if positive else -math.inf
-        return means
+    def in_unit(self, unit: Unit) -> Tensor:
+        """Return the cross-entropy in nats or in bits."""
+        return self._mean if unit == "nats" else self._mean / math.log(2)
+
+    @property
+    def cross_entropy_stderr(self) -> Tensor:
+        """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
+        if self._stderr is None:
+            mean, sums, count = self._mean, self.sums, self.counts["sequences"]
+            squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
+            stderr = (squares.clip(min=0) * count / (count - 1)).sqrt() / sums["weight"]
+            too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
+            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~mean.isfinite()
+            self._stderr = stderr.masked_fill(invalid, math.nan)
+        return self._stderr
+
+    def _margin(self) -> Tensor:
+        if self._half_width is None:
+            self._half_width = super()._margin()
+        return self._half_width
+
+    def _exp(self, nats: Tensor) -> Tensor:
+        return nats.exp()
+
+    def _count(self, name: str) -> Tensor:
+        if name == "nonfinite":
+            return self._count("positive_infinite") + self._count("negative_infinite") + self._count("nan")
+        count: Tensor = self.counts[name]
+        return count
+
+
+def check_reading(nan_policy: NanPolicy, confidence: float = 0.95) -> None:
+    """Raise ValueError if an argument is not one that a reading understands."""
+    if nan_policy not in get_args(NanPolicy):
+        raise ValueError(f"`nan_policy` must be one of {list(get_args(NanPolicy))}, got {nan_policy!r}.")
+    if isinstance(confidence, bool) or not isinstance(confidence, float) or not 0.0 < confidence < 1.0:
+        raise ValueError(f"`confidence` must be a float between 0 and 1, got {confidence!r}; 0.95 is usual.")
+
+
+def check_unit(unit: Unit) -> None:
+    """Raise ValueError if `unit` is not one that a cross-entropy can be read in."""
+    if unit not in get_args(Unit):
+        raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
+
+
+def check_valid(
+    totals: Totals, groupless: int = 0, kept: bool = True, targets: str = CLASS_TARGETS, weights: str = "`weight`"
+) -> None:
+    """Raise ValueError if targets, probabilities, weights or groups were counted that no reading can be trusted with.
+
+    Args:
+        totals: What was counted.
+        groupless: Number of scored targets without a valid group.
+        kept: Whether a metric keeps the counts until it is reset.
+        targets: What targets must be.
+        weights: What the denominator is made of.
+    """
+    counts = {**totals._asdict(), "groupless": groupless}
+    for mistake in MISTAKES:
+        if counts[mistake.name]:
+            raise ValueError(counted_mistake(mistake, counts[mistake.name], kept, targets, weights))
 
 
 def read_exactly(
@@ -402,33 +394,19 @@ def read_exactly(
     confidence: float = 0.95,
     targets: str = CLASS_TARGETS,
     weights: str = "`weight`",
+    kept: bool = True,
 ) -> ExactReading | GroupReading:
-    """Copy a tally to the host and read it; raise if it counted what no reading can be trusted with."""
-    if isinstance(tally, GroupTally):
-        groups = tally.totals()
-        check_valid(groups.everything, groups.groupless, targets=targets, weights=weights)
-        return GroupReading(groups, nan_policy)
+    """Copy a tally to the host and read it.
+
+    Raises:
+        ValueError: As `check_valid`, which says what the other arguments mean.
+    """
     totals = tally.totals()
-    check_valid(totals, targets=targets, weights=weights)
+    if isinstance(totals, GroupTotals):
+        check_valid(totals.everything, totals.groupless, kept, targets, weights)
+        return GroupReading(totals, nan_policy)
+    check_valid(totals, 0, kept, targets, weights)
     return ExactReading(totals, nan_policy, confidence)
-
-
-def decomposition(total: Any, entropy: Any) -> dict[str, Any]:
-    """Return cross-entropy, entropy and their difference, from exact readings of the two or from ones on the device."""
-    cross_entropy, own = total.mean, entropy.mean
-    if isinstance(total, DeviceReading) and total.nan_policy == "raise":
-        own = _replace(own, total.num_nonfinite > 0, math.nan)
-    return {"cross_entropy": cross_entropy, "entropy": own, "kl_divergence": cross_entropy - own}
-
-
-def _exp_on_device(x: Tensor) -> Tensor:
-    """Return `exp(x)` of a tensor."""
-    return x.exp()
-
-
-def _replace(x: Any, where: Any, value: float) -> Any:
-    """Replace a tensor where a condition holds."""
-    return x.masked_fill(where, value)
 
 
 def normal_quantile(confidence: float) -> float:
@@ -444,6 +422,19 @@ def _inverse_cdf(probability: float) -> float:
 # It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but for
 # importing the compiler first, which takes a second.
 _inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _nonfinite_sum(positive: int, negative: int, nan: int) -> float:
+    """Return what IEEE addition makes of so many infinities, minus infinities and NaNs, of which there are some."""
+    return math.nan if nan or (positive and negative) else math.inf if positive else -math.inf
+
+
+def _divide(nats: Fraction | float, unit: Unit) -> float:
+    """Return nats in a unit, rounded once: an integer over an integer."""
+    if not isinstance(nats, Fraction):
+        return nats
+    per = _NATS_IN[unit]
+    return nats.numerator * per.denominator / (nats.denominator * per.numerator)
 
 
 def _exp(x: Fraction | float) -> float:

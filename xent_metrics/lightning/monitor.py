@@ -19,7 +19,7 @@ from xent_metrics.lightning.callback_base import Callback
 from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
 from xent_metrics.lightning.evaluation import Evaluation
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
-from xent_metrics.lightning.step_outputs import Backend, OutputReader
+from xent_metrics.lightning.step_outputs import OutputReader
 from xent_metrics.lightning.tagged_readings import TaggedReadings
 from xent_metrics.lightning.trainer import (
     current_step,
@@ -31,6 +31,7 @@ from xent_metrics.lightning.trainer import (
     saved_hparams,
 )
 from xent_metrics.lightning.windows import RunTallies
+from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
 from xent_metrics.tags import BEST
 from xent_metrics.validation_stats import Decode

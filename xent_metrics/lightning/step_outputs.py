@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from xent_metrics._validate import as_token_table, check_num_classes, describe, is_integer, is_integral
-from xent_metrics.batch import group_scored, tally_scored
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
+from xent_metrics.metrics.batch_tallies import tally_scored, tally_scored_by_group
 from xent_metrics.tally.accumulate import tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
 
@@ -144,7 +144,7 @@ class OutputReader:
         _, target, group, options = outputs
         assert group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
-        by_group = group_scored(scored, group, target, options, len(self.groups), fix)
+        by_group = tally_scored_by_group(scored, group, target, options, len(self.groups), fix)
         return (tally_scored(scored), *by_group)
 
     @staticmethod

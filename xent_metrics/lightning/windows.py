@@ -8,7 +8,8 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from xent_metrics.distributed import is_distributed
-from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, ScoredBatch, StepOutputs, Tallies
+from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, StepOutputs, Tallies
+from xent_metrics.losses.score import ScoredBatch
 from xent_metrics.tally.tally import sum_tallies_over_ranks
 
 if TYPE_CHECKING:

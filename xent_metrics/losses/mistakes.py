@@ -33,14 +33,14 @@ class Mistake(NamedTuple):
 
     Attributes:
         status: The status of a target that has it.
-        count: Its name among the counts of a tally.
+        name: Its name among the counts of a tally.
         rule: The argument, and what it must hold.
         now: What an update found, and the fix.
         later: What a reading found, and the fix.
     """
 
     status: int
-    count: str
+    name: str
     rule: str
     now: str
     later: str

@@ -180,10 +180,6 @@ class GroupTally:
         """Return the tally of both sets of targets, in canonical form."""
         _check_addend(self, other)
         state = self.state + other.state
-        if state.dim() == 1 and _runtime.can_read_values(state):  # Python integers are faster than operators here.
-            numbers: list[int] = state.tolist()
-            sums = (to_limbs(to_int(numbers[i : i + NUM_LIMBS])) for i in range(0, NUM_SUM_LIMBS, NUM_LIMBS))
-            return Tally(torch.tensor([*chain.from_iterable(sums), *numbers[NUM_SUM_LIMBS:]]))
         normalise_in_place(state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1))
         return GroupTally(state)
 

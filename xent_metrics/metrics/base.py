@@ -1,17 +1,15 @@
-"""What all metrics have in common: a tally that grows with every update, as a torchmetrics `Metric`.
+"""What all metrics share: a tally that grows with every update, as a torchmetrics `Metric`.
 
-The state is a single int64 tensor. It is added to, summed over ranks, saved and read; nothing else happens to it.
+The state is one int64 tensor. It is added to, summed over ranks, saved and read; nothing else happens to it. A subclass
+names the function that tallies a batch, and says what is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
@@ -20,23 +18,21 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
-from xent_metrics._validate import describe
-from xent_metrics.batch import tally_batch
+from xent_metrics._validate import as_token_table, describe, on_host
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
-from xent_metrics.readings import (
-    DeviceReading,
-    NanPolicy,
-    check_reading,
-    read_exactly,
-)
-from xent_metrics.tally.tally import GroupTally, Tally, sum_tallies_over_ranks
+from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
+from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
+from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    pass
+
+SAVED_AS = "tally"
+"""The key of a state in a `state_dict`."""
 
 
 def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
@@ -85,16 +81,18 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
 
 class TallyMetric(Metric):
-    """A tally with a reading; subclasses say how a batch is tallied, and which reading.
+    """A tally with a reading.
+
+    A subclass sets `_tally_function`, and defines `update`, whose arguments are those of that function, and `_read`.
 
     Args:
         options: What decides the losses.
-        nan_policy: See `CrossEntropy`.
-        confidence: See `CrossEntropyReport`.
-        zero: The tally of nothing.
-        sequence_group: See `CrossEntropyReport`.
-        tensors: Tensors that also decide an update, by the names of the attributes that they become.
-        **kwargs: torchmetrics' own.
+        nan_policy: What infinite and NaN losses do: `"propagate"`, `"omit"` or `"raise"`.
+        confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
+        zero: The tally of nothing; None for `Tally.zero()`.
+        decides: The other keyword arguments of the tally function: tensors, sizes, process groups. They become
+            attributes of the same names.
+        **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`.
     """
 
     higher_is_better = False
@@ -102,8 +100,9 @@ class TallyMetric(Metric):
     full_state_update = False
     plot_lower_bound: float | None = 0.0
 
+    _tally_function: ClassVar[Callable[..., Any]]  # A static method. Saved states hold its name.
+    options: LossOptions | BinaryOptions
     _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
-    _UPDATE = "tally_batch"  # Metrics with the same one and the same configuration make the same update.
 
     def __init__(
         self,
@@ -111,33 +110,25 @@ class TallyMetric(Metric):
         nan_policy: NanPolicy,
         confidence: float = 0.95,
         zero: Tally | GroupTally | None = None,
-        tensors: Mapping[str, Tensor | None] | None = None,
-        sequence_group: ProcessGroup | None = None,
+        decides: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         # Whether a rank has a value in store must not decide whether it meets the others in the next `compute`.
         kwargs.setdefault("compute_with_cache", False)
         super().__init__(**kwargs)
         check_reading(nan_policy, confidence)
-        check_group_of_ranks("sequence_group", sequence_group)
-        self.options = options
+        decides = {"options": options, **(decides or {})}
+        check_group_of_ranks("sequence_group", decides.get("sequence_group"))
         self.nan_policy = nan_policy
         self.confidence = confidence
-        self.sequence_group = sequence_group
+        self._decides = tuple(decides)
+        for name, value in decides.items():
+            setattr(self, name, value.detach().clone() if isinstance(value, Tensor) else value)
         zero = Tally.zero() if zero is None else zero
         self._tally_type = type(zero)
-        self._tensor_names = tuple(tensors or ())
-        for name, value in (tensors or {}).items():
-            setattr(self, name, None if value is None else value.detach().clone())
         self._looked_at_preds = False
-        # A MetricCollection merges metrics whose states have equal names and, after one batch, equal values.
-        # So the name carries all that decides an update, and nothing that only decides a reading.
-        values = {name: value.tolist() for name, value in (tensors or {}).items() if value is not None}
-        # Names must be the same on every rank, which the ranks of a group are not.
-        num_parts = None if sequence_group is None else sequence_group.size()
-        alike = replace(options, backend="auto") if options.backend == "eager" else options  # They give the same bits.
-        configuration = repr((self._UPDATE, alike, tuple(zero.state.shape), values, num_parts))
-        self._state_name = f"tally_{blake2b(configuration.encode(), digest_size=8).hexdigest()}"
+        self._settings = changed_settings(decides)
+        self._state_name = state_name(self._tally_function.__name__, self._settings)
         self.add_state(self._state_name, default=zero.state, dist_reduce_fx="sum")
 
     @property
@@ -171,7 +162,8 @@ class TallyMetric(Metric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
-        The value is read in floating point, some 1e-16 off (a standard error 1e-8); NaN where `compute` would raise.
+        On the CPU the value has the bits that `compute` would give; elsewhere, and for groups, it is read in floating
+        point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise.
         """
         self._require_unsynced()
         batch: Any = self._looked_at_batch(*args, **kwargs)
@@ -180,17 +172,23 @@ class TallyMetric(Metric):
             self.tally = batch
             try:
                 with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-                    value = self._read_quickly(self.tally)
+                    value = self._value_of_batch(self.tally)
             finally:
                 self.tally = accumulated
         else:
-            value = self._read_quickly(batch)
+            value = self._value_of_batch(batch)
             self._keep(accumulated)
         # Past the `__setattr__` of modules too.
         self.__dict__.update(_update_count=self._update_count + 1, _computed=None, _forward_cache=value)
         return value
 
-    def _read_quickly(self, batch: Any) -> Any:
+    def _value_of_batch(self, batch: Any) -> Any:
+        # Groups may be as many as a vocabulary has tokens, which Python would read one by one.
+        if isinstance(batch, Tally) and _runtime.can_read_values(batch.state):
+            try:
+                return self.read(batch)
+            except ValueError:  # What is wrong reads as NaN here.
+                pass
         parts = self._parts(batch)
         return self._read(*(DeviceReading(part, self.nan_policy, self.confidence) for part in parts))
 
@@ -206,7 +204,7 @@ class TallyMetric(Metric):
         return self.read(self.tally)
 
     def is_to_be_reduced(self) -> bool:
-        """Say whether `compute` would add up the tallies of several ranks."""
+        """Return whether `compute` would add up the tallies of several ranks."""
         available = self.distributed_available_fn
         return bool(self.sync_on_compute and not self._is_synced and available and available())
 
@@ -259,9 +257,42 @@ class TallyMetric(Metric):
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1
 
+    def state_dict(  # type: ignore[override]
+        self, destination: dict[str, Any] | None = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """Return what is to be saved: after `persistent(True)`, the state with what decides an update, as `tally`."""
+        saved = super().state_dict(destination, prefix, keep_vars)
+        if prefix + self._state_name in saved:
+            state = saved.pop(prefix + self._state_name)
+            saved[prefix + SAVED_AS] = pack(state, self._tally_function.__name__, self._settings)
+        return saved
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a saved state; raise ValueError if a metric with another update saved it."""
+        update, decides, own = self._tally_function.__name__, self._update_options(), self.tally.state
+        old_name = name_in_0_1_0(update, decides, own)
+        old_keys = [key for key in state_dict if key.startswith(f"{prefix}tally_") and key != prefix + self._state_name]
+        state = state_dict.pop(prefix + old_name, None)
+        if prefix + SAVED_AS in state_dict:
+            state = unpack(state_dict.pop(prefix + SAVED_AS), update, decides, self._settings, own)
+        elif state is None and old_keys:
+            raise ValueError(
+                f"`{SAVED_AS}` must come from a metric with the same options, but version 0.1.0 saved "
+                f"{', '.join(old_keys)}, where {prefix}{old_name} belongs to this {type(self).__name__} with "
+                f"{self.options}; load it into a metric that is configured as the one that saved it."
+            )
+        if state is not None:
+            self._keep(self._tally_type(state.to(self.device)))
+            self._computed = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot `val`, one value or several from `forward` or `compute`, or the present value, with matplotlib."""
         return self._plot(val, ax)
+
+    def _update_options(self) -> dict[str, Any]:
+        own = self.__dict__  # `getattr` of a module looks long for what is None.
+        return {name: own[name] for name in self._decides}
 
     def _add_batch(self, *args: Any) -> None:
         """Do what every `update` does."""
@@ -301,29 +332,29 @@ class TallyMetric(Metric):
 
     def _tally_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Tally a batch; the arguments are those of `update`."""
-        raise NotImplementedError
+        return self._tally_function(*args, **kwargs, **self._update_options())
 
     def _parts(self, tally: Any) -> Any:
         """Return what is read of what is tallied."""
         return tally.unbind()
 
-    def _read(self, *readings: Any) -> Any:
+    def _read(self, *readings: Reading[Any, Any]) -> Any:
         """Return what the class reports, as tensors on its device."""
         raise NotImplementedError
 
     def _as_tensor(self, value: float | list[float] | Tensor) -> Tensor:
-        """Move a number, or one a group, to the device."""
+        """Move a number, or one for each group, to the device."""
         if isinstance(value, Tensor):
             return value
         return torch.tensor(value, dtype=_runtime.widest_float(self.device), device=self.device)
 
     def _as_tensors(self, values: dict[str, Any]) -> dict[str, Tensor]:
-        """Move Python numbers to the device, floats in one copy and integers in another."""
+        """Move numbers to the device, floats in one copy and integers in another."""
         moved: dict[str, Tensor] = {}
-        for kinds, dtype in ((float, _runtime.widest_float(self.device)), ((int, np.integer), torch.int64)):
-            names = [name for name, value in values.items() if isinstance(value, kinds)]
+        for kind, dtype in ((float, _runtime.widest_float(self.device)), (int, torch.int64)):
+            names = [name for name, value in values.items() if isinstance(value, kind)]
             if names:  # None where the reading is on the device already.
-                numbers = torch.from_numpy(np.array([values[name] for name in names])).to(self.device, dtype)
+                numbers = torch.tensor([values[name] for name in names], dtype=dtype, device=self.device)
                 moved.update(zip(names, numbers.unbind(), strict=True))
         return {name: moved.get(name, value) for name, value in values.items()}
 
@@ -334,9 +365,9 @@ class TallyMetric(Metric):
             return x.to(fn(x.new_empty(0)).device)
 
         moved = super()._apply(move, exclude_state)
-        for name in self._tensor_names:
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else move(value))
+        for name, value in self._update_options().items():
+            if isinstance(value, Tensor):
+                setattr(self, name, move(value))
         return moved
 
 
@@ -362,8 +393,7 @@ class LossMetric(TallyMetric):
         """
         self._add_batch(preds, target, weight)
 
-    def _tally_batch(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> Tally:
-        assert isinstance(self.options, LossOptions)
-        own = self.__dict__  # Where there is no such tensor, a module looks long before it says so.
-        class_weight, token_bytes = own.get("class_weight"), own.get("token_bytes")
-        return tally_batch(preds, target, weight, self.options, class_weight, token_bytes, self.sequence_group)
+
+def token_table(token_bytes: Tensor | None) -> Tensor | None:
+    """Return the bytes of tokens where they were, checked."""
+    return None if token_bytes is None else as_token_table(on_host(token_bytes)).to(token_bytes.device)

@@ -1,0 +1,61 @@
+"""Tallies of a batch that was scored, and their readings: what several quantities share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xent_metrics import _runtime
+from xent_metrics.distributed import is_distributed
+from xent_metrics.losses.options import LossOptions
+from xent_metrics.losses.score import ScoredBatch, as_groups
+from xent_metrics.readings import DeviceReading, NanPolicy, read_exactly
+from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def tally_scored(batch: ScoredBatch, sequence_group: ProcessGroup | None = None) -> Tally:
+    """Tally a scored batch; with losses per byte, two tallies side by side."""
+    with _runtime.no_graph():
+        per_token = tally_losses(batch.per_token, sequence_group)
+        return per_token if batch.per_byte is None else Tally.stack(per_token, tally_losses(batch.per_byte))
+
+
+def tally_scored_by_group(
+    batch: ScoredBatch,
+    group: Tensor,
+    target: Tensor,
+    options: LossOptions,
+    num_groups: int,
+    fix: str = "raise `num_groups`, or mask their targets with `weight`",
+) -> list[GroupTally]:
+    """Tally a scored batch by group, per token and then per byte if it has that.
+
+    Args:
+        batch: The batch.
+        group: Integers in `[0, num_groups)`, broadcastable to `target` (without classes).
+        target: The targets, as the caller passed them.
+        options: How the losses were made.
+        num_groups: How many groups there are.
+        fix: What an error says to do about other groups.
+    """
+    with torch.no_grad():
+        groups = as_groups(group, target, options, batch.per_token, num_groups, fix)
+        return [tally_groups(losses, groups, num_groups) for losses in batch if losses is not None]
+
+
+def read_batch(tally: Tally | GroupTally, nan_policy: NanPolicy, confidence: float = 0.95) -> DeviceReading:
+    """Read the tally of a batch that no metric keeps, without waiting for an accelerator.
+
+    Raises:
+        ValueError: On the CPU, if `nan_policy` is `"raise"` and a loss is not finite; among several ranks, where
+            scoring raised nothing, also if something invalid was counted.
+    """
+    was_counted = is_distributed() and _runtime.can_read_values(tally.state)  # Instead of raised already.
+    if was_counted or (nan_policy == "raise" and _runtime.raises_eagerly(tally.state)):
+        read_exactly(tally, nan_policy, confidence, kept=False).require_finite()
+    return DeviceReading(tally, nan_policy, confidence)
