@@ -389,7 +389,10 @@ def test_memory_is_one_part_of_the_logits(
         target[0, ::2] = -100
     preds = LinearLogits(hidden, weight)
     peak = peak_bytes(lambda: cross_entropy(preds, target, shift=form == "shifted"))
-    assert peak <= mebibytes * 2**20
+    # Some processors have no matmul in half precision, and PyTorch then makes wider copies of its factors and product.
+    flat, out = hidden.view(-1, 64)[:512], torch.empty(min(512, num_rows), num_classes, dtype=dtype)
+    widened = peak_bytes(lambda: torch.mm(flat, weight.t(), out=out))
+    assert peak <= mebibytes * 2**20 + widened
     assert peak > mebibytes * 2**19  # The instrument works.
 
 

@@ -27,34 +27,34 @@ def operators_of(call: Callable[[], object], operators: Operators) -> int:
 
 
 def test_update_of_a_small_batch(operators: Operators) -> None:
-    """The losses are two operators, and what is then done to a few numbers is not PyTorch's work."""
+    """The losses are two operators, and a few targets are tallied as Python integers."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report.update(*BATCH), operators) <= 6
-    assert operators_of(lambda: report.update(*BATCH, weight=torch.ones(2, 8)), operators) <= 10
-    assert operators_of(lambda: report.update(*PADDED), operators) <= 12
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 8
+    assert operators_of(lambda: report.update(*BATCH, weight=torch.ones(2, 8)), operators) <= 14
+    assert operators_of(lambda: report.update(*PADDED), operators) <= 20
 
 
 def test_forward_of_a_small_batch(operators: Operators) -> None:
     """The value of a batch costs no more operators than making tensors of its readings."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report(*BATCH), operators) <= 7
+    assert operators_of(lambda: report(*BATCH), operators) <= 10
 
 
 @pytest.mark.usefixtures("hidden_values")
 def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     """On an accelerator, where each operator is a kernel to start, there are some more."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report.update(*BATCH), operators) <= 98
-    assert operators_of(lambda: report(*BATCH), operators) <= 163
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 62
+    assert operators_of(lambda: report(*BATCH), operators) <= 122
 
 
 @pytest.mark.parametrize(
     ("metric", "batch", "most"),
     [
-        (CrossEntropyReport(input="losses"), (torch.rand(64, 1024), torch.zeros(64, 1024, dtype=torch.int64)), 4),
-        (BinaryCrossEntropy(), (torch.randn(64, 32), torch.zeros(64, 32)), 12),
-        (CrossEntropy(), (torch.randn(512, 4000), torch.zeros(512, dtype=torch.int64)), 12),
-        (GroupedCrossEntropy(3), (*BATCH, torch.zeros(2, 8, dtype=torch.int64)), 32),
+        (CrossEntropyReport(input="losses"), (torch.rand(64, 1024), torch.zeros(64, 1024, dtype=torch.int64)), 45),
+        (BinaryCrossEntropy(), (torch.randn(64, 32), torch.zeros(64, 32)), 59),
+        (CrossEntropy(), (torch.randn(512, 4000), torch.zeros(512, dtype=torch.int64)), 52),
+        (GroupedCrossEntropy(3), (*BATCH, torch.zeros(2, 8, dtype=torch.int64)), 49),
     ],
     ids=["losses", "binary", "two blocks of rows", "groups"],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
