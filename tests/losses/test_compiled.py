@@ -405,6 +405,9 @@ BITS = {
 }
 
 
+QUICK = ("3 logits, weights", "257 soft", "binary logits")  # One of each kind of kernel; the others are slow.
+
+
 @pytest.fixture(name="_nothing_kept")
 def _caches_off() -> Iterator[None]:
     """Compile in full: code that is kept on disk may have been made for another first batch."""
@@ -418,7 +421,10 @@ def _caches_off() -> Iterator[None]:
 
 @needs_compiler
 @pytest.mark.usefixtures("_nothing_kept")
-@pytest.mark.parametrize("case", BITS.values(), ids=BITS)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, case in BITS.items()],
+)
 def test_same_bits_for_any_batching(case: Bits) -> None:
     """A loss has the same bits in any batch, whatever batch came first, and on one and two threads."""
     scores, target = case.make()
