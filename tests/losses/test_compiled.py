@@ -39,10 +39,9 @@ from xent_metrics import (
     LinearLogits,
     Perplexity,
     functional,
-    kernels,
 )
 from xent_metrics.lightning import CrossEntropyMonitor
-from xent_metrics.losses import BinaryOptions, LossOptions, binary_losses, target_entropies
+from xent_metrics.losses import BinaryOptions, LossOptions, binary_losses, compiled, target_entropies
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
 needs_compiler = pytest.mark.skipif(
@@ -63,7 +62,7 @@ def compilations() -> int:
 def forget() -> None:
     """Compile everything again."""
     torch._dynamo.reset()
-    kernels._compiled.cache_clear()
+    compiled._compiled.cache_clear()
 
 
 def single(batch: Batch) -> Batch:
@@ -504,11 +503,11 @@ def test_modes_of_the_process_do_not_use_up_a_limit() -> None:
 def test_nothing_is_compiled_for_nothing() -> None:
     """An empty batch does not reach the compiler; one whose targets are all ignored adds nothing."""
     metric, before = CrossEntropy(backend="compile"), compilations()
-    kept = kernels._compiled.cache_info().misses
+    kept = compiled._compiled.cache_info().misses
     for shape in ((0,), (0, 3), (3, 0)):
         metric.update(torch.empty(*shape, 14), torch.empty(shape, dtype=torch.int64))
     assert compilations() == before
-    assert kernels._compiled.cache_info().misses == kept
+    assert compiled._compiled.cache_info().misses == kept
     assert metric.compute().isnan()
     for size in (5, 1, 20_000):
         metric.update(torch.full((size, 14), torch.nan), torch.full((size,), -100))
@@ -542,11 +541,11 @@ def test_the_compiler_is_not_even_imported() -> None:
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_nothing_is_compiled_unasked(backend: Any) -> None:
     """Neither small nor large batches are compiled unless that is asked for."""
-    before = dict(torch._dynamo.utils.counters["stats"]), kernels._compiled.cache_info().misses
+    before = dict(torch._dynamo.utils.counters["stats"]), compiled._compiled.cache_info().misses
     metric = CrossEntropy(backend=backend)
     metric.update(torch.randn(4, K), torch.randint(0, K, (4,)))
     metric.update(torch.randn(300, 8000), torch.randint(0, 8000, (300,)))
-    assert (dict(torch._dynamo.utils.counters["stats"]), kernels._compiled.cache_info().misses) == before
+    assert (dict(torch._dynamo.utils.counters["stats"]), compiled._compiled.cache_info().misses) == before
 
 
 def test_another_thread_may_compile_meanwhile(
@@ -598,12 +597,12 @@ def graph_of(backend: Any, num_rows: int, soft: bool = False) -> Graphs:
         return functional.cross_entropy(2 * scores, labels, backend=backend)
 
     torch._dynamo.reset()
-    before, kept = compilations(), kernels._compiled.cache_info().misses
+    before, kept = compilations(), compiled._compiled.cache_info().misses
     value = torch.compile(step, backend=graphs, fullgraph=True)(scores)
     assert value.item() == pytest.approx(F.cross_entropy(2 * scores.double(), target).item(), rel=1e-6)
     assert len(graphs.sizes) == 1
     if backend != "compile":
-        assert kernels._compiled.cache_info().misses == kept
+        assert compiled._compiled.cache_info().misses == kept
     assert compilations() - before == 1
     return graphs
 
@@ -733,7 +732,7 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_callback() -> None:
     """The callback scores by what is compiled, once for all its batches."""
     model, loader = Model("logits"), ragged_loader(3)
-    before, used, seen = compilations(), kernels._compiled.cache_info(), {}
+    before, used, seen = compilations(), compiled._compiled.cache_info(), {}
     for backend in ("eager", "compile"):
         trainer = Trainer(
             accelerator="cpu",
@@ -743,6 +742,6 @@ def test_callback() -> None:
             enable_model_summary=False,
         )
         [seen[backend]] = trainer.validate(model, loader, verbose=False)
-        assert (kernels._compiled.cache_info() != used) == (backend == "compile")
+        assert (compiled._compiled.cache_info() != used) == (backend == "compile")
     assert compilations() - before <= 2
     assert seen["compile"] == pytest.approx(seen["eager"], rel=1e-5)

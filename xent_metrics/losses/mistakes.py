@@ -50,7 +50,7 @@ MISTAKES = (
     Mistake(
         TARGET_OUT_OF_RANGE,
         "out_of_range",
-        "`target` must hold {targets}",
+        "`target` must hold{kind} {targets}",
         "got {number} that {are_not}, such as {example}; {fix}.",
         "but {number} targets were outside; map them to `ignore_index`, or mask them with `weight`, {again}",
     ),
@@ -91,7 +91,7 @@ def counted_mistake(mistake: Mistake, number: int, kept: bool, targets: str, wei
     """
     again = "then call reset(): this repeats until then." if kept else "and call again."
     return f"{mistake.rule}, {mistake.later}".format(
-        number=number, again=again, targets=targets, weights=weights, num_groups="num_groups"
+        number=number, again=again, kind="", targets=targets, weights=weights, num_groups="num_groups"
     )
 
 
@@ -162,9 +162,9 @@ def _wrong_target(
     """Return what targets must be, with one of those that are not."""
     mistake, or_ignored = _BY_STATUS[TARGET_OUT_OF_RANGE], f" or ignore_index={options.ignore_index}"
 
-    def say(targets: str, example: object, fix: str, are_not: str = "are neither") -> str:
+    def say(targets: str, example: object, fix: str, kind: str = "", are_not: str = "are neither") -> str:
         return f"{mistake.rule}, {mistake.now}".format(
-            number=number, targets=targets, example=example, fix=fix, are_not=are_not
+            number=number, kind=kind, targets=targets, example=example, fix=fix, are_not=are_not
         )
 
     if isinstance(options, BinaryOptions):
@@ -175,9 +175,10 @@ def _wrong_target(
     if target.is_floating_point():
         row = target.movedim(options.class_dim, -1).reshape(len(where), -1)[where][0].double()
         return say(
-            "probabilities in [0, 1] with a sum of 1, as soft targets,",
+            "probabilities in [0, 1] with a sum of 1",
             f"one with a sum of {row.sum().item():.6g} and a least entry of {row.min().item():.6g}",
             "divide them by their sum, or mask them with `weight`",
+            ", as soft targets,",
             "do not",
         )
     example = target.reshape(-1)[where][0].item()
