@@ -32,14 +32,7 @@ import xent_metrics
 from tests import reference
 from tests.cases import CASES, CLASS_WEIGHT, Batch, Case, K, bits, metric_classes, numbers
 from tests.lightning.fits import Model, ragged_loader
-from xent_metrics import (
-    BinaryCrossEntropy,
-    CrossEntropy,
-    CrossEntropyReport,
-    LinearLogits,
-    Perplexity,
-    functional,
-)
+from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Perplexity, functional
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.losses import BinaryOptions, LossOptions, binary_losses, compiled, target_entropies
 

@@ -32,10 +32,7 @@ from tests.metrics.bad_input import (
     raised,
     row,
 )
-from xent_metrics import (
-    CrossEntropy,
-    functional,
-)
+from xent_metrics import CrossEntropy, functional
 
 A_WEIGHT = "a negative, infinite or NaN weight"
 A_PROBABILITY = 'a probability outside [0, 1] with `input="probs"`'
