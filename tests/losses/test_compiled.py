@@ -81,8 +81,17 @@ def test_every_function_takes_the_three(function: Callable[..., Any]) -> None:
             function(**batch, **required_by(function), backend=bad)
 
 
+FIRST = {case.metric_class: name for name, case in reversed(CASES.items())}  # Of each class; the others are slow.
+
+
 @needs_compiler
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name in FIRST.values() else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_every_class_and_function(case: Case) -> None:
     """Compiled in float32, every class and function reads what plain floats do, and what eager code does."""
     batches = [single(batch) for batch in case.batches(weighed=True)]

@@ -187,7 +187,7 @@ def batchings() -> Iterator[Any]:
         yield pytest.param(num_classes, dtype, mode, marks=marks, id=f"{num_classes}-{dtype}-{mode}")
 
 
-@pytest.mark.parametrize(("num_classes", "dtype", "mode"), batchings())
+@pytest.mark.parametrize(("num_classes", "dtype", "mode"), [*batchings()])
 def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: str) -> None:
     """A loss has the same bits alone, among eight or all, with classes last or second, on any number of threads."""
     rows = 11
