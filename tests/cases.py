@@ -436,12 +436,24 @@ CASES = {
     "CrossEntropyDecomposition-smoothed": Case(
         CrossEntropyDecomposition, judge_decomposition, {"label_smoothing": 0.1, "class_dim": 1}, {"class_dim": 1}
     ),
+    "CrossEntropyDecomposition-soft-smoothed": Case(
+        CrossEntropyDecomposition, judge_decomposition, {"label_smoothing": 0.2}, {"target": "soft"}
+    ),
+    "CrossEntropyDecomposition-others": Case(
+        CrossEntropyDecomposition, judge_decomposition, {"label_smoothing": 0.1, "label_smoothing_over": "others"}
+    ),
     "GroupedCrossEntropy": Case(GroupedCrossEntropy, judge_groups, {"num_groups": GROUPS}, {"extra": "group"}),
     "GroupedCrossEntropy-weights": Case(
         GroupedCrossEntropy,
         judge_groups,
         {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT, "label_smoothing": 0.1, "unit": "bits"},
         {"extra": "group"},
+    ),
+    "GroupedCrossEntropy-soft": Case(
+        GroupedCrossEntropy,
+        judge_groups,
+        {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
+        {"extra": "group", "target": "soft"},
     ),
     "NormalizedCrossEntropy": Case(NormalizedCrossEntropy, judge_normalized, {"num_classes": K}),
     "CrossEntropyDifference": Case(CrossEntropyDifference, judge_difference, {}, PAIR, passes=2),

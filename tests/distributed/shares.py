@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,13 +12,7 @@ from torch import Tensor
 
 from tests.cases import CASES, GROUPS, TOKEN_BYTES, Case, K
 from tests.distributed.ranks import Collective
-from xent_metrics import (
-    functional,
-)
-
-if TYPE_CHECKING:
-    pass
-
+from xent_metrics import functional
 
 NUM_ROWS, LENGTH, NUM_GROUPS = 24, 5, GROUPS
 distributed = pytest.mark.distributed

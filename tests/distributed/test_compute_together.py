@@ -13,12 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from tests.distributed.ranks import run_ranks
-from xent_metrics import (
-    CrossEntropy,
-    CrossEntropyReport,
-    Perplexity,
-    compute_together,
-)
+from xent_metrics import CrossEntropy, CrossEntropyReport, Perplexity, compute_together
 
 if TYPE_CHECKING:
     from pathlib import Path

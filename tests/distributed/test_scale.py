@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import torch
 
 from tests.strategies import UNIT, tally_of
-from xent_metrics import (
-    Tally,
-)
+from xent_metrics import Tally
 from xent_metrics.readings import ExactReading
 from xent_metrics.tally import tally_mean
 from xent_metrics.tally.tally import COUNTS
-
-if TYPE_CHECKING:
-    pass
 
 
 def simulated_ranks(total: int) -> tuple[Tally, dict[str, Fraction | int]]:

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.distributed.ranks import Collectives, run_ranks
-from xent_metrics import (
-    CrossEntropyReport,
-)
+from xent_metrics import CrossEntropyReport
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,11 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from tests.cases import CASES
 from tests.distributed.ranks import Collectives, run_ranks
-from xent_metrics import (
-    CrossEntropy,
-    CrossEntropyReport,
-    functional,
-)
+from xent_metrics import CrossEntropy, CrossEntropyReport, functional
 from xent_metrics.readings import ExactReading
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ def _quick(tmp_path_factory) -> tuple[str, str]:
     return "\n".join(lines), page.read_text()
 
 
+@pytest.mark.slow
 def test_a_quick_run_prints_every_row(quick) -> None:
     """Every case has its rows, and so have memory and allocators; all peers are installed here, so none is left out."""
     report, _ = quick
@@ -38,6 +39,7 @@ def test_a_quick_run_prints_every_row(quick) -> None:
     assert "cannot run" not in report
 
 
+@pytest.mark.slow
 def test_all_that_has_a_target_stands_beside_something(quick) -> None:
     """A target for a row that is not there would be no target."""
     report, _ = quick
@@ -50,6 +52,7 @@ def test_all_that_has_a_target_stands_beside_something(quick) -> None:
     assert len(re.findall(r"<= .*?: (yes|no) \|", report)) == num_targets
 
 
+@pytest.mark.slow
 def test_every_row_of_a_table_has_its_cells(quick) -> None:
     """A cell too many would be cut off by whatever shows the table."""
     report, _ = quick
@@ -57,6 +60,7 @@ def test_every_row_of_a_table_has_its_cells(quick) -> None:
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_place_of_an_older_one(quick) -> None:
     """What stands around it is left alone."""
     report, page = quick

@@ -145,7 +145,11 @@ def test_wrong_model_arguments_are_named(arguments, error) -> None:
         CharModel(vocab_size=11, **arguments)
 
 
-@pytest.mark.parametrize("names", [["char_lm"], ["char_lm", "names"], ["char_lm", "smoke"]])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(["char_lm"], marks=pytest.mark.slow), ["char_lm", "names"], ["char_lm", "smoke"]],
+    ids=" and ".join,
+)
 def test_every_configuration_parses(tmp_path, names) -> None:
     """A configuration that the command line would refuse does not get in."""
     printed = run_cli(tmp_path, *map(config, names), "--print_config").stdout

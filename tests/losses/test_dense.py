@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -176,9 +176,18 @@ def test_eps_clips_probabilities() -> None:
     assert clipped == pytest.approx([-math.log(0.99), -math.log(0.75)], rel=1e-15)
 
 
-@pytest.mark.parametrize("mode", ["plain", "smoothed", "weighted", "soft"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("num_classes", [5, 257, 32000, 128256])
+def batchings() -> Iterator[Any]:
+    """Yield sizes, types and modes: all of the small, and of the large each type and each mode; the others are slow."""
+    modes, dtypes = ("plain", "smoothed", "weighted", "soft"), (torch.bfloat16, torch.float32, torch.float64)
+    for num_classes, (i, dtype), (j, mode) in itertools.product(
+        (5, 257, 32000, 128256), enumerate(dtypes), enumerate(modes)
+    ):
+        slow = num_classes > 257 and (i + j) % 4 != (num_classes > 32000)
+        marks = [pytest.mark.slow] if slow else []
+        yield pytest.param(num_classes, dtype, mode, marks=marks, id=f"{num_classes}-{dtype}-{mode}")
+
+
+@pytest.mark.parametrize(("num_classes", "dtype", "mode"), [*batchings()])
 def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: str) -> None:
     """A loss has the same bits alone, among eight or all, with classes last or second, on any number of threads."""
     rows = 11

@@ -396,6 +396,7 @@ def test_memory_is_one_part_of_the_logits(
     assert peak > mebibytes * 2**19  # The instrument works.
 
 
+@pytest.mark.slow
 def test_memory_of_eight_thousand_rows_of_a_quarter_of_a_million_classes(
     peak_bytes: Callable[[Callable[[], object]], int],
 ) -> None:

@@ -12,11 +12,7 @@ from torch import Tensor
 from tests import reference
 from tests.cases import Quantity
 from tests.reference import Target
-from xent_metrics import (
-    BitsPerByte,
-    CrossEntropyReport,
-    Tally,
-)
+from xent_metrics import BitsPerByte, CrossEntropyReport, Tally
 
 LIMIT = 2.0**94  # The first loss that counts as infinite.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

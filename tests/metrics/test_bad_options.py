@@ -33,14 +33,7 @@ from tests.metrics.bad_input import (
     row,
     with_preds,
 )
-from xent_metrics import (
-    BitsPerByte,
-    CrossEntropy,
-    CrossEntropyDifference,
-    CrossEntropyReport,
-    LinearLogits,
-    functional,
-)
+from xent_metrics import BitsPerByte, CrossEntropy, CrossEntropyDifference, CrossEntropyReport, LinearLogits, functional
 
 HIDDEN, HEAD = torch.ones(2, 3, 5), torch.ones(K, 5)
 

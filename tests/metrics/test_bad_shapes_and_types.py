@@ -25,10 +25,7 @@ from tests.metrics.bad_input import (
     row,
     with_preds,
 )
-from xent_metrics import (
-    BinaryCrossEntropy,
-    functional,
-)
+from xent_metrics import BinaryCrossEntropy, functional
 
 # Shapes.
 

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from tests import reference
 from tests.metrics.quantities import FLOATS, INTEGERS, bits, filled, ragged, read, tolerance
-from xent_metrics import (
-    BinaryCrossEntropy,
-    functional,
-)
+from xent_metrics import BinaryCrossEntropy, functional
 
 # Binary cross-entropy.
 

@@ -10,11 +10,7 @@ from torch import Tensor
 
 from tests import reference
 from tests.metrics.quantities import INTEGERS, ROWS, TABLE, K, T, bits, filled, losses_of, ragged, read
-from xent_metrics import (
-    BitsPerByte,
-    CrossEntropyReport,
-    functional,
-)
+from xent_metrics import BitsPerByte, CrossEntropyReport, functional
 
 
 def judge_bits_per_byte(preds: Tensor, target: Tensor, weight: Tensor | None, table: Tensor) -> float:

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 
 from tests import reference
 from tests.metrics.quantities import FLOATS, ROWS, K, T, distributions, filled, ragged, read, smoothed_row, tolerance
-from xent_metrics import (
-    CrossEntropyDecomposition,
-    functional,
-)
+from xent_metrics import CrossEntropyDecomposition, functional
 
 
 @pytest.mark.parametrize("weighed", [False, True])

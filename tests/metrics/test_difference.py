@@ -13,11 +13,7 @@ from torch import Tensor
 from tests import reference
 from tests.metrics.quantities import FLOATS, ROWS, K, T, distributions, filled, losses_of, ragged, read
 from tests.reference import Target
-from xent_metrics import (
-    CrossEntropy,
-    CrossEntropyDifference,
-    functional,
-)
+from xent_metrics import CrossEntropy, CrossEntropyDifference, functional
 
 
 def sequences_of(losses: Tensor, weight: Tensor | None = None, norm: Tensor | None = None) -> list[list[Target]]:

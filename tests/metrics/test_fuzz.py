@@ -19,10 +19,7 @@ import xent_metrics
 from tests.cases import QUANTITIES, Quantity
 from tests.metrics.fuzz_judge import AmbiguityError, Judged, RefusalError, Value, flat, judge, judge_options, read
 from tests.strategies import Call, calls, examples
-from xent_metrics import (
-    GroupedCrossEntropy,
-    functional,
-)
+from xent_metrics import GroupedCrossEntropy, functional
 
 fuzz = settings(
     deadline=None,

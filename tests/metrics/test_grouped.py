@@ -11,11 +11,7 @@ import torch
 
 from tests.conftest import Operators
 from tests.metrics.quantities import GROUPS, ROWS, K, T, bits, distributions, filled, losses_of, ragged, read
-from xent_metrics import (
-    CrossEntropy,
-    GroupedCrossEntropy,
-    functional,
-)
+from xent_metrics import CrossEntropy, GroupedCrossEntropy, functional
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -12,10 +12,7 @@ import torch.nn.functional as F
 
 from tests import reference
 from tests.metrics.quantities import ROWS, K, bits, filled, read, smoothed_row
-from xent_metrics import (
-    CrossEntropy,
-    functional,
-)
+from xent_metrics import CrossEntropy, functional
 
 
 def test_label_smoothing_over_others() -> None:

@@ -30,12 +30,7 @@ from tests.metrics.bad_input import (
     row,
     with_preds,
 )
-from xent_metrics import (
-    CrossEntropy,
-    CrossEntropyDifference,
-    NormalizedCrossEntropy,
-    functional,
-)
+from xent_metrics import CrossEntropy, CrossEntropyDifference, NormalizedCrossEntropy, functional
 
 # Losses that are not finite.
 

@@ -10,10 +10,7 @@ from torcheval.metrics import BinaryNormalizedEntropy
 
 from tests import reference
 from tests.metrics.quantities import ROWS, T, filled, losses_of, ragged, read
-from xent_metrics import (
-    NormalizedCrossEntropy,
-    functional,
-)
+from xent_metrics import NormalizedCrossEntropy, functional
 
 
 @pytest.mark.parametrize("weighed", [False, True])

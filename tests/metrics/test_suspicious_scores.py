@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.metrics.bad_input import FUNCTIONS, KINDS, Batch, K, each_call, each_kind, raised, row, with_preds
-from xent_metrics import (
-    BinaryCrossEntropy,
-    CrossEntropy,
-)
+from xent_metrics import BinaryCrossEntropy, CrossEntropy
 
 # Scores that look like something else.
 

@@ -199,6 +199,7 @@ def test_compiled_with_a_gradient() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_compiled_to_machine_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default backend, which fuses and reorders, gives the value of eager code to 1e-12, and NaN."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
