@@ -323,7 +323,7 @@ def test_only_the_checks_of_the_cpu_look_at_values(case: str, operators: Operato
 
 
 def test_checks_of_the_cpu_are_few(operators: Operators) -> None:
-    """An update without bad values reads the extremes of its targets and of its weights, and whether some are ignored."""
+    """An update without bad values reads the extremes of its targets and weights, and whether some are ignored."""
     with operators:
         CrossEntropy().update(torch.zeros(4, K), torch.zeros(4, dtype=torch.int64), torch.ones(4))
     assert operators.count("_local_scalar_dense") <= 5
