@@ -133,14 +133,12 @@ class Reading(Generic[Value, Count]):
     @property
     def cross_entropy_lower(self) -> Value:
         """Lower end of the interval: so many standard errors of a normal distribution below the cross-entropy."""
-        nats: Any = self.cross_entropy
-        return nats - self._margin()  # type: ignore[no-any-return]
+        return self.cross_entropy - self._margin  # type: ignore[no-any-return]
 
     @property
     def cross_entropy_upper(self) -> Value:
         """Upper end of the interval."""
-        nats: Any = self.cross_entropy
-        return nats + self._margin()  # type: ignore[no-any-return]
+        return self.cross_entropy + self._margin  # type: ignore[no-any-return]
 
     @property
     def perplexity_lower(self) -> Value:
@@ -167,6 +165,7 @@ class Reading(Generic[Value, Count]):
         """Number of scored targets with an infinite or NaN loss."""
         return self._count("nonfinite")
 
+    @property
     def _margin(self) -> Any:
         stderr: Any = self.cross_entropy_stderr
         return normal_quantile(self.confidence) * stderr
@@ -301,9 +300,7 @@ class DeviceReading(Reading[Tensor, Tensor]):
         self.sums = tally.sums_on_device(widest_float(tally.state.device))
         self.counts = tally.counts_on_device()
         self._mean = self._compute_mean()
-        # Not cached properties, whose lock compiled code cannot take.
-        self._stderr: Tensor | None = None
-        self._half_width: Tensor | None = None
+        self._stderr: Tensor | None = None  # Not a cached property, whose lock compiled code cannot take.
 
     def _compute_mean(self) -> Tensor:
         sums, count = self.sums, self.counts
@@ -335,17 +332,12 @@ class DeviceReading(Reading[Tensor, Tensor]):
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
         if self._stderr is None:
             mean, sums, count = self._mean, self.sums, self.counts["sequences"]
-            squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
+            squares = sums["loss_loss"] + mean * (mean * sums["weight_weight"] - 2 * sums["loss_weight"])
             stderr = (squares.clip(min=0) * count / (count - 1)).sqrt() / sums["weight"]
             too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~mean.isfinite()
+            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | mean.isinf()  # NaN stays NaN.
             self._stderr = stderr.masked_fill(invalid, math.nan)
         return self._stderr
-
-    def _margin(self) -> Tensor:
-        if self._half_width is None:
-            self._half_width = super()._margin()
-        return self._half_width
 
     def _exp(self, nats: Tensor) -> Tensor:
         return nats.exp()
