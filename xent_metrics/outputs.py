@@ -17,7 +17,14 @@ from torch import Tensor
 from xent_metrics.checks import as_token_table, check_num_classes, describe, is_integer, is_integral
 from xent_metrics.kernels import Backend
 from xent_metrics.losses import LinearLogits, LossOptions, TargetLosses
-from xent_metrics.metrics.score import ScoredBatch, score_batch, tally_scored, tally_scored_by_group, target_shape
+from xent_metrics.metrics.score import (
+    ScoredBatch,
+    as_groups,
+    score_batch,
+    tally_scored,
+    tally_scored_by_group,
+    target_shape,
+)
 from xent_metrics.tally import GroupTally, Tally, tally_mean
 
 Tallies = tuple[Tally | GroupTally, ...]
@@ -142,7 +149,8 @@ class OutputReader:
         assert form.group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
         scored = ScoredBatch(*losses)  # type: ignore[arg-type]
-        by_group = tally_scored_by_group(scored, form.group, form.target, form.options, len(self.groups), fix)
+        groups = as_groups(form.group, form.target, form.options, losses[0])
+        by_group = tally_scored_by_group(scored, groups, len(self.groups), fix)
         return (tally_scored(scored), *by_group)
 
     @staticmethod

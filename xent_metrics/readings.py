@@ -332,7 +332,7 @@ class DeviceReading(Reading[Tensor, Tensor]):
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
         if self._stderr is None:
             mean, sums, count = self._mean, self.sums, self.counts["sequences"]
-            squares = sums["loss_loss"] + mean * (mean * sums["weight_weight"] - 2 * sums["loss_weight"])
+            squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
             stderr = (squares.clip(min=0) * count / (count - 1)).sqrt() / sums["weight"]
             too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
             invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | mean.isinf()  # NaN stays NaN.

@@ -8,11 +8,18 @@ import torch
 from torch import Tensor
 
 from xent_metrics import checks
-from xent_metrics.checks import BYTES_LIMIT, check_num_bytes, check_omitted_bytes
+from xent_metrics.checks import BYTES_LIMIT, as_token_table, check_num_bytes, check_omitted_bytes, no_graph
 from xent_metrics.kernels import Backend, Input
 from xent_metrics.losses import LinearLogits, LossOptions
 from xent_metrics.metrics.base import TallyMetric, token_table
-from xent_metrics.metrics.score import read_batch, score_batch, tally_per_byte_of, tally_scored
+from xent_metrics.metrics.score import (
+    ScoredBatch,
+    per_byte_losses,
+    raise_invalid,
+    read_batch,
+    tally_scored,
+    unchecked_losses,
+)
 from xent_metrics.readings import NanPolicy, Reading, check_reading
 from xent_metrics.tally import Tally
 
@@ -32,19 +39,23 @@ def tally_per_byte(
             "`num_bytes` must be given exactly if there is no `token_bytes` table, got "
             f"{'neither' if num_bytes is None else 'both'}; pass the table once, or the bytes with every batch."
         )
-    scored = score_batch(preds, target, weight, options, token_bytes=token_bytes)
-    if token_bytes is not None:
-        return tally_per_byte_of(scored)
-    assert num_bytes is not None
-    loss = scored.per_token.loss
-    check_num_bytes(num_bytes, loss, checks.raises_now(loss))
-    if isinstance(num_bytes, Tensor):
-        each = num_bytes.to(torch.int64)
-    else:  # Not as_tensor, of which compiled code makes a constant.
-        within = max(-1, min(num_bytes, BYTES_LIMIT))
-        each = torch.full((), within, dtype=torch.int64, device=loss.device)
-    invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
-    return tally_scored(scored).with_weight(torch.where(invalid, -1, each.sum()))
+    with no_graph():
+        losses, weight = unchecked_losses(preds, target, weight, options)
+        if token_bytes is not None:
+            losses = per_byte_losses(losses, target, options, token_bytes)
+            raise_invalid(losses, weight, preds, target, options, len(token_bytes))
+            return tally_scored(ScoredBatch(losses, weight=weight))
+        assert num_bytes is not None
+        check_num_bytes(num_bytes, losses.loss, checks.raises_now(losses.loss))
+        raise_invalid(losses, weight, preds, target, options)
+        if isinstance(num_bytes, Tensor):
+            each = num_bytes.to(torch.int64)
+        else:  # Not as_tensor, of which compiled code makes a constant.
+            within = max(-1, min(num_bytes, BYTES_LIMIT))
+            each = torch.full((), within, dtype=torch.int64, device=losses.loss.device)
+        invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
+        tally = tally_scored(ScoredBatch(losses, weight=weight))
+        return tally.with_weight(torch.where(invalid, -1, each.sum()))
 
 
 class BitsPerByte(TallyMetric):
@@ -238,7 +249,7 @@ def bits_per_byte(
     """
     check_reading(nan_policy)
     check_omitted_bytes(nan_policy, num_bytes)
-    table = None if token_bytes is None else checks.as_token_table(token_bytes)
+    table = None if token_bytes is None else as_token_table(token_bytes)
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )

@@ -9,11 +9,18 @@ from typing import Any
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
-from xent_metrics.checks import check_class_weight, check_num_classes, on_host
+from xent_metrics.checks import check_class_weight, check_num_classes, no_graph, on_host
 from xent_metrics.kernels import Backend, Input
 from xent_metrics.losses import LinearLogits, LossOptions, SmoothingOver
 from xent_metrics.metrics.base import TallyMetric
-from xent_metrics.metrics.score import read_batch, score_batch, tally_scored_by_group
+from xent_metrics.metrics.score import (
+    ScoredBatch,
+    as_groups,
+    raise_invalid,
+    read_batch,
+    tally_scored_by_group,
+    unchecked_losses,
+)
 from xent_metrics.readings import NanPolicy, Reading, Unit, check_reading, check_unit
 from xent_metrics.tally import GroupTally
 
@@ -29,9 +36,12 @@ def tally_grouped(
     class_weight: Tensor | None = None,
 ) -> GroupTally:
     """Tally a batch by group."""
-    scored = score_batch(preds, target, weight, options, class_weight)
-    [tally] = tally_scored_by_group(scored, group, target, options, num_groups)
-    return tally
+    with no_graph():
+        losses, weight = unchecked_losses(preds, target, weight, options, class_weight)
+        groups = as_groups(group, target, options, losses)
+        raise_invalid(losses, weight, preds, target, options)
+        [tally] = tally_scored_by_group(ScoredBatch(losses, weight=weight), groups, num_groups)
+        return tally
 
 
 class GroupedCrossEntropy(TallyMetric):

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from xent_metrics.checks import check_hard, check_num_classes, no_graph
 from xent_metrics.kernels import Backend, Input
-from xent_metrics.losses import LinearLogits, LossOptions, as_index, target_losses
+from xent_metrics.losses import LinearLogits, LossOptions, as_index
 from xent_metrics.metrics.base import LossMetric
-from xent_metrics.metrics.score import as_weights, per_target, raise_invalid, read_batch
+from xent_metrics.metrics.score import per_target, raise_invalid, read_batch, unchecked_losses
 from xent_metrics.readings import DeviceReading, GroupReading, NanPolicy, check_reading
 from xent_metrics.tally import GroupTally, tally_groups
 
@@ -27,8 +27,7 @@ def tally_by_class(
 ) -> GroupTally:
     """Tally a batch by the class of its targets."""
     with no_graph():
-        losses = target_losses(preds, target, options)
-        weight = as_weights(weight, target, options, losses)
+        losses, weight = unchecked_losses(preds, target, weight, options)
         check_hard(target, "the frequencies of classes are counted")
         if options.input != "losses" and preds.shape[options.class_dim] != num_classes:
             raise ValueError(

@@ -71,38 +71,47 @@ def score_batch(
         ValueError: If the arguments do not fit; where values can be read, also if they are invalid.
     """
     with no_graph():
-        losses = target_losses(preds, target, options, class_weight)
-        weight = as_weights(weight, target, options, losses)
+        losses, weight = unchecked_losses(preds, target, weight, options, class_weight)
         if token_bytes is None:
             raise_invalid(losses, weight, preds, target, options)
             return ScoredBatch(losses, None, weight)
-        check_hard(target, "tokens stand for bytes, distributions do not")
-        check_device("token_bytes", token_bytes, losses.loss)
-        per_byte = losses.per_byte(per_target(as_index(target), target.shape, options, losses), token_bytes)
+        per_byte = per_byte_losses(losses, target, options, token_bytes)
         losses = losses._replace(out_of_range=per_byte.out_of_range)  # An id that the table lacks is wrong in both.
         raise_invalid(losses, weight, preds, target, options, len(token_bytes))
         return ScoredBatch(losses, per_byte, weight)
+
+
+def unchecked_losses(
+    preds: Tensor | LinearLogits,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
+    class_weight: Tensor | None = None,
+) -> tuple[TargetLosses, Tensor | None]:
+    """Return the loss of every target and its weight; call `raise_invalid` after what else there is to check."""
+    losses = target_losses(preds, target, options, class_weight)
+    return losses, as_weights(weight, target, options, losses)
+
+
+def per_byte_losses(losses: TargetLosses, target: Tensor, options: LossOptions, token_bytes: Tensor) -> TargetLosses:
+    """Let every target count as its bytes."""
+    check_hard(target, "tokens stand for bytes, distributions do not")
+    check_device("token_bytes", token_bytes, losses.loss)
+    return losses.per_byte(per_target(as_index(target), target.shape, options, losses), token_bytes)
 
 
 def tally_scored(scored: ScoredBatch, sequence_group: ProcessGroup | None = None) -> Tally:
     """Tally a scored batch; with losses per byte, two tallies side by side."""
     with no_graph():
         per_token = tally_losses(scored.per_token, scored.weight, sequence_group)
-        return per_token if scored.per_byte is None else Tally.stack(per_token, tally_per_byte_of(scored))
-
-
-def tally_per_byte_of(scored: ScoredBatch) -> Tally:
-    """Tally the losses per byte of a scored batch."""
-    assert scored.per_byte is not None
-    with no_graph():
-        return tally_losses(scored.per_byte, scored.weight)
+        if scored.per_byte is None:
+            return per_token
+        return Tally.stack(per_token, tally_losses(scored.per_byte, scored.weight))
 
 
 def tally_scored_by_group(
     scored: ScoredBatch,
-    group: Tensor,
-    target: Tensor,
-    options: LossOptions,
+    groups: Tensor,
     num_groups: int,
     fix: str = "raise `num_groups`, or mask their targets with `weight`",
 ) -> list[GroupTally]:
@@ -110,18 +119,16 @@ def tally_scored_by_group(
 
     Args:
         scored: The batch.
-        group: Integers in `[0, num_groups)`, broadcastable to `target` (without classes).
-        target: The targets, as the caller passed them.
-        options: How the losses were made.
-        num_groups: How many groups there are.
-        fix: What an error says to do about other groups.
+        groups: The group of each loss, as `as_groups` returns them.
+        num_groups: Groups are in `[0, num_groups)`.
+        fix: What an error says to do about others.
+
+    Raises:
+        ValueError: If a scored target has another group, where values can be read.
     """
     with no_graph():
-        losses, shape = scored.per_token, target_shape(target, options)
-        check_group(group, shape, losses.loss)
-        groups = per_target(as_index(group), shape, options, losses)
         if checks.raises_now(groups):
-            looked_at = _looked_at(losses, scored.weight)
+            looked_at = _looked_at(scored.per_token, scored.weight)
             bad = (groups < 0) | (groups >= num_groups)
             bad = groups[bad if looked_at is None else bad & looked_at]
             if bad.numel():
@@ -154,6 +161,13 @@ def target_shape(target: Tensor, options: LossOptions) -> torch.Size:
 def per_target(values: Tensor, shape: torch.Size, options: LossOptions, losses: TargetLosses) -> Tensor:
     """Give every loss its value, from a tensor that is broadcastable to target's shape."""
     return options.aligned(values.expand(shape)).reshape(losses.loss.shape)
+
+
+def as_groups(group: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses) -> Tensor:
+    """Broadcast groups to the losses."""
+    shape = target_shape(target, options)
+    check_group(group, shape, losses.loss)
+    return per_target(as_index(group), shape, options, losses)
 
 
 def as_weights(
