@@ -252,16 +252,11 @@ class GroupReading(Reading[list[float], list[int]]):
     def mean(self) -> list[Fraction | float]:
         """Cross-entropy of each group in nats as a rational, or NaN or an infinity."""
         self.require_finite()
-        totals = self.totals
-        means: list[Fraction | float] = [
-            Fraction(loss, weight) if weight else math.nan
-            for loss, weight in zip(totals.loss, totals.weight, strict=True)
+        totals, propagates = self.totals, self.nan_policy == "propagate"
+        return [
+            _nonfinite_sum(*bad) if propagates and any(bad) else Fraction(loss, weight) if weight else math.nan
+            for loss, weight, bad in zip(totals.loss, totals.weight, totals.nonfinite, strict=True)
         ]
-        if totals.everything.nonfinite and self.nan_policy == "propagate":
-            for group, counts in enumerate(totals.nonfinite):
-                if any(counts):
-                    means[group] = _nonfinite_sum(*counts)
-        return means
 
     def in_unit(self, unit: Unit) -> list[float]:
         """Return the cross-entropy of each group in nats or in bits."""
@@ -406,11 +401,7 @@ def read_exactly(
     weights: str = "`weight`",
     kept: bool = True,
 ) -> ExactReading | GroupReading:
-    """Copy a tally to the host and read it.
-
-    Raises:
-        ValueError: As `check_valid`, which says what the other arguments mean.
-    """
+    """Copy a tally to the host and read it; the other arguments, and what is raised, are those of `check_valid`."""
     totals = tally.totals()
     if isinstance(totals, GroupTotals):
         check_valid(totals.everything, totals.groupless, kept, targets, weights)
