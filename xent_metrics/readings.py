@@ -132,14 +132,12 @@ class Reading(Generic[Value, Count]):
     @property
     def cross_entropy_lower(self) -> Value:
         """Lower end of the interval: so many standard errors of a normal distribution below the cross-entropy."""
-        nats: Any = self.cross_entropy
-        return nats - self._margin()  # type: ignore[no-any-return]
+        return self.cross_entropy - self._margin  # type: ignore[no-any-return]
 
     @property
     def cross_entropy_upper(self) -> Value:
         """Upper end of the interval."""
-        nats: Any = self.cross_entropy
-        return nats + self._margin()  # type: ignore[no-any-return]
+        return self.cross_entropy + self._margin  # type: ignore[no-any-return]
 
     @property
     def perplexity_lower(self) -> Value:
@@ -166,6 +164,7 @@ class Reading(Generic[Value, Count]):
         """Number of scored targets with an infinite or NaN loss."""
         return self._count("nonfinite")
 
+    @property
     def _margin(self) -> Any:
         stderr: Any = self.cross_entropy_stderr
         return normal_quantile(self.confidence) * stderr
@@ -252,16 +251,11 @@ class GroupReading(Reading[list[float], list[int]]):
     def mean(self) -> list[Fraction | float]:
         """Cross-entropy of each group in nats as a rational, or NaN or an infinity."""
         self.require_finite()
-        totals = self.totals
-        means: list[Fraction | float] = [
-            Fraction(loss, weight) if weight else math.nan
-            for loss, weight in zip(totals.loss, totals.weight, strict=True)
+        totals, propagates = self.totals, self.nan_policy == "propagate"
+        return [
+            _nonfinite_sum(*bad) if propagates and any(bad) else Fraction(loss, weight) if weight else math.nan
+            for loss, weight, bad in zip(totals.loss, totals.weight, totals.nonfinite, strict=True)
         ]
-        if totals.everything.nonfinite and self.nan_policy == "propagate":
-            for group, counts in enumerate(totals.nonfinite):
-                if any(counts):
-                    means[group] = _nonfinite_sum(*counts)
-        return means
 
     def in_unit(self, unit: Unit) -> list[float]:
         """Return the cross-entropy of each group in nats or in bits."""
@@ -300,9 +294,7 @@ class DeviceReading(Reading[Tensor, Tensor]):
         self.sums = tally.float_sums(_runtime.widest_float(tally.state.device))
         self.counts = tally.counts()
         self._mean = self._compute_mean()
-        # Not cached properties, whose lock compiled code cannot take.
-        self._stderr: Tensor | None = None
-        self._half_width: Tensor | None = None
+        self._stderr: Tensor | None = None  # Not a cached property, whose lock compiled code cannot take.
 
     def _compute_mean(self) -> Tensor:
         sums, count = self.sums, self.counts
@@ -337,14 +329,9 @@ class DeviceReading(Reading[Tensor, Tensor]):
             squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
             stderr = (squares.clip(min=0) * count / (count - 1)).sqrt() / sums["weight"]
             too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | ~mean.isfinite()
+            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | mean.isinf()  # NaN stays NaN.
             self._stderr = stderr.masked_fill(invalid, math.nan)
         return self._stderr
-
-    def _margin(self) -> Tensor:
-        if self._half_width is None:
-            self._half_width = super()._margin()
-        return self._half_width
 
     def _exp(self, nats: Tensor) -> Tensor:
         return nats.exp()
@@ -396,11 +383,7 @@ def read_exactly(
     weights: str = "`weight`",
     kept: bool = True,
 ) -> ExactReading | GroupReading:
-    """Copy a tally to the host and read it.
-
-    Raises:
-        ValueError: As `check_valid`, which says what the other arguments mean.
-    """
+    """Copy a tally to the host and read it; the other arguments, and what is raised, are those of `check_valid`."""
     totals = tally.totals()
     if isinstance(totals, GroupTotals):
         check_valid(totals.everything, totals.groupless, kept, targets, weights)

@@ -10,10 +10,11 @@ from torch import Tensor
 from xent_metrics import _runtime
 from xent_metrics._validate import BYTES_LIMIT, as_token_table, check_num_bytes, check_omitted_bytes
 from xent_metrics.losses.linear import LinearLogits
+from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.losses.score import score_batch
+from xent_metrics.losses.score import per_byte_losses, score_unweighted
 from xent_metrics.metrics.base import TallyMetric, token_table
-from xent_metrics.metrics.batch_tallies import read_batch, tally_scored
+from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.readings import NanPolicy, Reading, check_reading
 from xent_metrics.tally import Tally, tally_losses
 
@@ -33,20 +34,23 @@ def tally_per_byte(
             "`num_bytes` must be given exactly if there is no `token_bytes` table, got "
             f"{'neither' if num_bytes is None else 'both'}; pass the table once, or the bytes with every batch."
         )
-    scored = score_batch(preds, target, weight, options, token_bytes=token_bytes)
-    if token_bytes is not None:
-        assert scored.per_byte is not None
-        return tally_losses(scored.per_byte)
-    assert num_bytes is not None
-    loss = scored.per_token.loss
-    check_num_bytes(num_bytes, loss, _runtime.raises_eagerly(loss))
-    if isinstance(num_bytes, Tensor):
-        each = num_bytes.to(torch.int64)
-    else:  # Not as_tensor, of which compiled code makes a constant.
-        within = max(-1, min(num_bytes, BYTES_LIMIT))
-        each = torch.full((), within, dtype=torch.int64, device=loss.device)
-    invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
-    return tally_scored(scored).with_weight(torch.where(invalid, -1, each.sum()))
+    with _runtime.no_graph():
+        losses, weights = score_unweighted(preds, target, weight, options)
+        if token_bytes is not None:
+            losses = per_byte_losses(losses, target, options, token_bytes).weighted(weights)
+            raise_mistakes(losses, preds, target, options, weights, len(token_bytes))
+            return tally_losses(losses)
+        assert num_bytes is not None
+        check_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
+        losses = losses.weighted(weights)
+        raise_mistakes(losses, preds, target, options, weights)
+        if isinstance(num_bytes, Tensor):
+            each = num_bytes.to(torch.int64)
+        else:  # Not as_tensor, of which compiled code makes a constant.
+            within = max(-1, min(num_bytes, BYTES_LIMIT))
+            each = torch.full((), within, dtype=torch.int64, device=losses.loss.device)
+        invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
+        return tally_losses(losses).with_weight(torch.where(invalid, -1, each.sum()))
 
 
 class BitsPerByte(TallyMetric):
