@@ -387,14 +387,3 @@ def test_nothing_is_asked_where_nothing_is_ignored(num_rows: int, num_classes: i
         counts.append(dict(operators.counts))
         assert operators.count("nonzero") == operators.count("aten.index.Tensor") == 0
     assert counts[0] == counts[1]
-
-
-@pytest.mark.parametrize("layout", ["rows", "sequences", "without the last position", "behind an offset"])
-def test_scored_rows_that_follow_each_other_are_not_copied(layout: str) -> None:
-    """Behind a prompt that is ignored, rows are read where they are."""
-    preds, target, _ = make_batch(layout, 1000, torch.float32)
-    target = target.masked_fill(only(*range(9, 24))(target.shape), -100)
-    first = preds[9] if preds.dim() == 2 else preds[0, 9]
-    with Normalized() as normalized:
-        CrossEntropy().update(preds, target)
-    assert normalized.starts == [first.data_ptr()]
