@@ -97,8 +97,8 @@ class Tally:
     def with_weight(self, weight: Tensor) -> Tally:
         """Return the tally with another denominator, an integer that its targets share; a negative one is invalid."""
         state = self.state.clone()
-        state[NUM_LIMBS : 2 * NUM_LIMBS] = 0
-        state[NUM_LIMBS + 2] = weight.clamp(min=0)
+        # Not `= 0`, which makes a tensor of Python's 0 and copies it to the device.
+        state[NUM_LIMBS : 2 * NUM_LIMBS].zero_()[2].copy_(weight.clamp(min=0))
         state[NUM_SUM_LIMBS + COUNTS.index("invalid_weight")] += weight < 0
         return Tally(state)
 
