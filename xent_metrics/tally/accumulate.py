@@ -134,7 +134,8 @@ def tally_groups(losses: TargetLosses, group: Tensor, num_groups: int) -> GroupT
 
 def _tally_block(losses: TargetLosses) -> Tally:
     """Tally a few whole sequences."""
-    if losses.loss.numel() <= _FEW_TARGETS and _runtime.can_read_values(losses.loss):
+    # Asked in this order: traced code would be compiled again for few targets.
+    if _runtime.can_read_values(losses.loss) and losses.loss.numel() <= _FEW_TARGETS:
         state = _few_targets(losses)
         if state is not None:
             return Tally(torch.tensor(state))
