@@ -212,7 +212,7 @@ def test_no_tensor_of_the_size_of_the_logits(
     if options:
         scores = scores.softmax(1)
     metric, kept = CrossEntropy(**options, backend="compile"), scores.clone()
-    assert peak_bytes(lambda: metric.update(scores, target)) < 100 * num_rows
+    assert peak_bytes(lambda: metric.update(scores, target)) < 160 * num_rows
     assert torch.equal(scores, kept)
     shifted = CrossEntropy(**options, backend="compile", shift=True)
     parts = scores.view(2, -1, num_classes), target.view(2, -1)

@@ -75,9 +75,8 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
             return torch.full((target.numel(),), nats, dtype=_runtime.widest_float(preds.device), device=preds.device)
         results = RowResults(target.numel() // num_classes)
-        for block in score_blocks(target, None, replace(options, input="probs", eps=None)):
-            tensors = block.scores, block.buffer
-            results.add(block.rows, run(options.backend, kernels.entropy, tensors, [], smoothing=smoothing))
+        for rows, probs, buffer, _, _ in score_blocks(target, None, replace(options, input="probs", eps=None)):
+            results.add(rows, run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing))
         return target.new_empty(0, dtype=loss_dtype(target)) if results.joined is None else results.joined[0]
 
 
@@ -104,9 +103,9 @@ def _score_hard(
     kernel = kernels.nll_partials if compiles(options.backend) else kernels.nll
     smooth = options.smoothing(num_classes) > 0
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smooth": smooth}
-    for block in score_blocks(preds, None, options, scored):
-        tensors = block.scores, of_rows(index, block.rows), block.buffer
-        results.add(block.rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    for rows, scores, buffer, _, _ in score_blocks(preds, None, options, scored):
+        tensors = scores, of_rows(index, rows), buffer
+        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
     if results.joined is None:
         return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), denominator, status)
     of_scored = denominator if denominator is None or scored is None else denominator[scored]
@@ -130,10 +129,9 @@ def _score_soft(
         "smoothing": options.smoothing(preds.shape[options.class_dim]),
         "excess": _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
     }
-    for block in score_blocks(preds, target, options):
-        own = (block.scores, block.probs), (block.buffer, block.probs_buffer)
-        tensors = own[0] if compiled else own[0] + own[1]
-        results.add(block.rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    for rows, scores, buffer, probs, probs_buffer in score_blocks(preds, target, options):
+        tensors = (scores, probs) if compiled else (scores, probs, buffer, probs_buffer)
+        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
     if results.joined is None:
         return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)))
     joined = results.joined

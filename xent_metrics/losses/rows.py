@@ -8,7 +8,6 @@ few MiB, whatever the shape, dtype or strides of `preds`. And a loss must not de
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,22 +39,13 @@ _MOST_SCORED = 0.75
 _FEW_SCORES = 2**17  # Less than these are made in the time that it takes to find out which.
 
 
-class Block(NamedTuple):
-    """A few rows, as kernels take them: contiguous, and two at least, of which the second repeats one that is alone.
+Block = tuple[Rows, Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""A few rows, as kernels take them: contiguous, and two at least, of which the second repeats one that is alone.
 
-    Attributes:
-        rows: Which rows of the batch.
-        scores: Their scores.
-        buffer: To be written to, of the shape of the scores; None where a compiler needs none.
-        probs: Their soft targets, if there are any.
-        probs_buffer: The same for soft targets.
-    """
-
-    rows: Rows
-    scores: Tensor
-    buffer: Tensor | None
-    probs: Tensor | None
-    probs_buffer: Tensor | None
+It has the rows; their scores; a buffer of the shape of the scores, to be written to, or None where a compiler needs
+none; their soft targets, if there are any; and a buffer for those. It is a plain tuple: a named one fixes the number
+of rows in traced code.
+"""
 
 
 class RowResults:
@@ -117,7 +107,7 @@ def score_blocks(
     whole = None if linear or target is not None or scored is not None else tensors[0]
     if whole is not None and readable and 1 < num_rows <= max_rows and whole.is_contiguous():
         # They are read where they are, and what a kernel makes of them is no larger than a buffer would be.
-        yield Block(slice(0, num_rows), whole.view(num_rows, num_classes), None, None, None)
+        yield slice(0, num_rows), whole.view(num_rows, num_classes), None, None, None
         return
     buffers: list[Tensor | None] = [None, None]
     in_place = linear and readable  # Logits that are made here may be written to.
@@ -135,7 +125,7 @@ def score_blocks(
         buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
         scores = _as_rows(parts[0], buffer, readable)
         soft = None if target is None else _as_rows(parts[1], target_buffer, fused)
-        yield Block(rows, scores, scores if in_place and not fused else buffer, soft, target_buffer)
+        yield rows, scores, scores if in_place and not fused else buffer, soft, target_buffer
 
 
 def rows_in_buffer(preds: Tensor | LinearLogits, num_bytes: int) -> int:
