@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xent_metrics import _runtime
+from xent_metrics.losses.target_losses import NUM_STATUSES
 from xent_metrics.tally import accumulate, limbs
 
 
@@ -36,7 +37,9 @@ def _constants_are_where_they_are_needed() -> None:
     for device in ("cpu", "meta"):
         beside = torch.empty(0, device=device)
         for values, dtype in (*((x, torch.float64) for x in floats), *((x, torch.int64) for x in integers)):
-            limbs.constant(values, beside, dtype)
+            _runtime.constant(values, beside, dtype)
+        for code in range(NUM_STATUSES):
+            _runtime.constant(code, beside, torch.int8)
 
 
 @pytest.fixture(name="hide_values")

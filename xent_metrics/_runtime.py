@@ -7,6 +7,7 @@ library into the state that it has on an accelerator. Call these functions throu
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,3 +57,24 @@ def least_and_greatest(x: Tensor) -> tuple[float, float] | None:
         return None
     low, high = torch.aminmax(x)
     return low.item(), high.item()
+
+
+Constant = int | list[float] | list[int] | list[list[int]]
+_constants: dict[tuple[Any, torch.device, torch.dtype], Tensor] = {}
+
+
+def constant(values: Constant, beside: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a constant on the device of another tensor; it is copied there once.
+
+    Args:
+        values: An integer, or a list that is never freed, such as one of a module.
+        beside: A tensor of the same device.
+        dtype: That of the constant.
+    """
+    if type(beside) is not Tensor or is_traced():
+        return torch.tensor(values, dtype=dtype, device=beside.device)  # It belongs to what is being traced.
+    key = (values, int) if isinstance(values, int) else (id(values), list), beside.device, dtype
+    if key not in _constants:
+        with torch.inference_mode(False):
+            _constants[key] = torch.tensor(values, dtype=dtype, device=beside.device)
+    return _constants[key]

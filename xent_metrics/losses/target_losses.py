@@ -127,7 +127,7 @@ def count_statuses(status: Tensor) -> dict[int, int]:
 
 def mark(status: Tensor | None, code: int, where: Tensor) -> Tensor:
     """Return statuses with a code where a mask is true, unless there is a larger one already."""
-    marks = where.to(torch.int8).mul_(code)
+    marks = where * _runtime.constant(code, where, torch.int8)
     return marks if status is None else torch.maximum(status, marks)
 
 

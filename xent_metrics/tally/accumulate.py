@@ -37,7 +37,6 @@ from xent_metrics.tally.limbs import (
     LIMB_BITS,
     NUM_LIMBS,
     NUM_LOW_LIMBS,
-    constant,
     cut,
     products,
     split_at_once,
@@ -237,11 +236,11 @@ def _tally_sequences(sums: Tensor, length: int, counts: Tensor) -> list[Tensor]:
     if sums.shape[1] == NUM_LOW_LIMBS:
         units = (sums[:, 0] << (SEQUENCE_BITS - LIMB_BITS)).add_(sums[:, 1] >> _LOWEST_SHIFT)
         return [products(units.t().contiguous()), counts, weighty, torch.zeros_like(weighty)]
-    units = (sums * constant(_TO_UNITS, sums, torch.int64).unsqueeze(-1)).sum(1)
+    units = (sums * _runtime.constant(_TO_UNITS, sums, torch.int64).unsqueeze(-1)).sum(1)
     units += sums[:, -1] >> _LOWEST_SHIFT
     # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
     limits = _TOO_WIDE if length < _SEQUENCE_LIMIT else _TOO_WIDE_IF_LONG
-    wide = (sums[:, :3].abs() >= constant(limits, sums, torch.int64)).flatten(0, 1).any(0)
+    wide = (sums[:, :3].abs() >= _runtime.constant(limits, sums, torch.int64)).flatten(0, 1).any(0)
     return [products(units.masked_fill_(wide, 0).t().contiguous()), counts, weighty, wide.sum(0, keepdim=True)]
 
 
@@ -266,12 +265,12 @@ class _Cleared(NamedTuple):
             return F.pad(self.loss.new_full((1,), self.loss.numel(), dtype=torch.int64), (0, len(TARGET_COUNTS) - 1))
         if _runtime.can_read_values(self.status):
             return torch.tensor(_counted(count_statuses(self.status)))
-        return constant(_COUNTS, self.loss, torch.int64)[self.status.flatten().to(torch.int64)].sum(0)
+        return _runtime.constant(_COUNTS, self.loss, torch.int64)[self.status.flatten().to(torch.int64)].sum(0)
 
     def sequence_sums(self) -> Tensor:
         """Return limbs of each sequence's loss and weight, of shape (2, limbs, sequences); the low ones if small."""
         if not self.small:
-            return self._all_limbs().sum(-1).to(torch.int64)
+            return self._all_limbs().sum(-1, dtype=torch.int64)
         sums = self.loss.new_empty(2, NUM_LOW_LIMBS, self.loss.shape[0], dtype=torch.int64)
         _sum_low_limbs(self.loss, sums[0])
         if self.denominator is not None:
@@ -286,7 +285,7 @@ class _Cleared(NamedTuple):
         """Return which rows of a `GroupTally` anything is added to, and what every target of one sequence adds."""
         if not self.small:
             limbs = self._all_limbs().view(2 * NUM_LIMBS, -1).to(torch.int64)
-            table = constant(_COUNTS, self.loss, torch.int64)
+            table = _runtime.constant(_COUNTS, self.loss, torch.int64)
             counts = table[self._statuses().flatten().to(torch.int64)].t()
             return [*range(2 * NUM_LIMBS + len(TARGET_COUNTS))], torch.cat([limbs, counts])
         low = [*range(NUM_LIMBS - NUM_LOW_LIMBS, NUM_LIMBS)]

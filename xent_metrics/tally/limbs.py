@@ -48,7 +48,7 @@ def split_at_once(x: Tensor) -> Tensor:
     `x * 2**64` is below `2**158`, which a float32 does not hold. `trunc`, not `floor`: a small negative number minus
     its floor is not representable. So the limbs of a value all carry its sign.
     """
-    limbs = x.unsqueeze(1) * constant(_SCALES, x, torch.float64).view(NUM_LIMBS, *(1 for _ in x.shape[1:]))
+    limbs = x.unsqueeze(1) * _runtime.constant(_SCALES, x, torch.float64).view(NUM_LIMBS, *(1 for _ in x.shape[1:]))
     limbs[:, :-1].trunc_()
     limbs[:, -1].round_()
     limbs[:, 1:].sub_(limbs[:, :-1] * 2.0**LIMB_BITS)
@@ -127,7 +127,7 @@ def products(numbers: Tensor) -> Tensor:
         Limbs of the sums of `S * S`, `S * W` and `W * W` in units of 1, not normalised, one after the other.
     """
     gram = gram_of_digits(numbers).view(-1, 1)
-    return (gram * constant(_POWERS, gram, torch.int64)).sum(0)
+    return (gram * _runtime.constant(_POWERS, gram, torch.int64)).sum(0)
 
 
 def _powers_of_products() -> list[list[int]]:
@@ -145,25 +145,6 @@ def _powers_of_products() -> list[list[int]]:
 
 
 _POWERS = _powers_of_products()
-
-_constants: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def constant(values: list[float] | list[int] | list[list[int]], beside: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a constant on the device of another tensor; it is copied there once.
-
-    Args:
-        values: A list that is never freed, such as one of a module.
-        beside: A tensor of the same device.
-        dtype: That of the constant.
-    """
-    if type(beside) is not Tensor or _runtime.is_traced():
-        return torch.tensor(values, dtype=dtype, device=beside.device)  # It belongs to what is being traced.
-    key = id(values), beside.device
-    if key not in _constants:
-        with torch.inference_mode(False):
-            _constants[key] = torch.tensor(values, dtype=dtype, device=beside.device)
-    return _constants[key]
 
 
 def to_limbs(number: int) -> list[int]:
