@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xent_metrics import _runtime
+from xent_metrics import _runtime, readings
 from xent_metrics.losses.target_losses import NUM_STATUSES
 from xent_metrics.tally import accumulate, limbs
 
@@ -32,8 +32,8 @@ def _one_thread_and_one_seed() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _constants_are_where_they_are_needed() -> None:
     """Copy the constants of a tally to the devices of the tests, which happens once and is no part of an update."""
-    floats, integers = [limbs._SCALES], [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS]
-    integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG]
+    floats, integers = [limbs._SCALES, readings._OTHER_MEANS], [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS]
+    integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG, *readings._SEEN.values()]
     for device in ("cpu", "meta"):
         beside = torch.empty(0, device=device)
         for values, dtype in (*((x, torch.float64) for x in floats), *((x, torch.int64) for x in integers)):

@@ -18,12 +18,13 @@ from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
 from xent_metrics.losses.mistakes import CLASS_TARGETS, MISTAKES, counted_mistake
 from xent_metrics.tally.limbs import FRACTION_BITS
-from xent_metrics.tally.tally import SEQUENCE_BITS, GroupTally, GroupTotals, Tally, Totals
+from xent_metrics.tally.tally import SEQUENCE_BITS, TARGET_COUNTS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Unit = Literal["nats", "bits"]
@@ -79,6 +80,20 @@ _NATS_IN: dict[Unit, Fraction] = {"nats": Fraction(1), "bits": Fraction(_DECIMAL
 _MIN_SEQUENCE_BITS = 8
 """The root mean square of the sequences' weights needs this many bits, or the interval is noise and reads NaN."""
 
+_NONFINITE = ("positive_infinite", "negative_infinite", "nan")
+assert TARGET_COUNTS[-len(_NONFINITE) :] == _NONFINITE
+
+# A mean on the device has to become an infinity or NaN without a branch. The weights of the counts that are not 0 add
+# up to an index of what stands for it: 16 if anything was scored, 1 and 2 for either infinity, 4 and more for NaN.
+_FINITE = 16
+_MISTAKES_SEEN = {"scored": _FINITE, "out_of_range": 4, "improper": 4, "invalid_weight": 4}
+_NONFINITE_SEEN: dict[NanPolicy, tuple[int, int, int]] = {"propagate": (1, 2, 4), "omit": (0, 0, 0), "raise": (4, 4, 4)}
+_SEEN = {
+    policy: [{**_MISTAKES_SEEN, **dict(zip(_NONFINITE, own, strict=True))}.get(name, 0) for name in TARGET_COUNTS]
+    for policy, own in _NONFINITE_SEEN.items()
+}
+_OTHER_MEANS = [math.nan] * (_FINITE + 1) + [math.inf, -math.inf] + [math.nan] * 32
+
 Value = TypeVar("Value")
 Count = TypeVar("Count")
 
@@ -132,12 +147,12 @@ class Reading(Generic[Value, Count]):
     @property
     def cross_entropy_lower(self) -> Value:
         """Lower end of the interval: so many standard errors of a normal distribution below the cross-entropy."""
-        return self.cross_entropy - self._margin  # type: ignore[no-any-return]
+        return self._bounds()[0]
 
     @property
     def cross_entropy_upper(self) -> Value:
         """Upper end of the interval."""
-        return self.cross_entropy + self._margin  # type: ignore[no-any-return]
+        return self._bounds()[1]
 
     @property
     def perplexity_lower(self) -> Value:
@@ -164,10 +179,10 @@ class Reading(Generic[Value, Count]):
         """Number of scored targets with an infinite or NaN loss."""
         return self._count("nonfinite")
 
-    @property
-    def _margin(self) -> Any:
-        stderr: Any = self.cross_entropy_stderr
-        return normal_quantile(self.confidence) * stderr
+    def _bounds(self) -> tuple[Value, Value]:
+        nats, stderr, quantile = self.cross_entropy, self.cross_entropy_stderr, normal_quantile(self.confidence)
+        margin: Any = quantile * stderr  # type: ignore[operator]
+        return nats - margin, nats + margin
 
 
 @dataclass(frozen=True)
@@ -292,25 +307,21 @@ class DeviceReading(Reading[Tensor, Tensor]):
         self.nan_policy = nan_policy
         self.confidence = confidence
         self.sums = tally.float_sums(_runtime.widest_float(tally.state.device))
-        self.counts = tally.counts()
         self._mean = self._compute_mean()
-        self._stderr: Tensor | None = None  # Not a cached property, whose lock compiled code cannot take.
+        # Not cached properties, whose lock compiled code cannot take.
+        self._stderr: Tensor | None = None
+        self._interval: tuple[Tensor, Tensor] | None = None
 
     def _compute_mean(self) -> Tensor:
-        sums, count = self.sums, self.counts
-        mean: Tensor = (sums["loss"] / sums["weight"]).masked_fill(
-            (sums["weight"] == 0) | (count["scored"] == 0), math.nan
-        )
-        if self.nan_policy == "propagate":
-            positive, negative = count["positive_infinite"] > 0, count["negative_infinite"] > 0
-            mean = mean.masked_fill(positive, math.inf).masked_fill(negative, -math.inf)
-            mean = mean.masked_fill((count["nan"] > 0) | (positive & negative), math.nan)
-        elif self.nan_policy == "raise":
-            mean = mean.masked_fill((self.num_nonfinite > 0).any(), math.nan)
-        invalid = count["out_of_range"] + count["improper"] + count["invalid_weight"]
-        if isinstance(self.tally, GroupTally):
-            invalid = invalid + self.tally.num_groupless()
-        return mean.masked_fill(invalid > 0, math.nan)
+        sums, seen = self.sums, self.tally.target_counts() > 0
+        if isinstance(self.tally, GroupTally) and self.nan_policy == "raise":
+            seen = seen | seen[-len(_NONFINITE) :].any()  # One group makes all of them NaN.
+        weights = _runtime.constant(_SEEN[self.nan_policy], seen, torch.int64)
+        index = (seen * weights.view(-1, *(1 for _ in seen.shape[1:]))).sum(0)
+        # Not `[index]`, for which the host reads an index that is a scalar.
+        other = _runtime.constant(_OTHER_MEANS, seen, sums["loss"].dtype).take(index)
+        mean = (sums["loss"] / sums["weight"]).masked_fill(sums["weight"] == 0, math.nan)
+        return torch.where(index == _FINITE, mean, other)
 
     @property
     def mean(self) -> Tensor:
@@ -325,22 +336,30 @@ class DeviceReading(Reading[Tensor, Tensor]):
     def cross_entropy_stderr(self) -> Tensor:
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off."""
         if self._stderr is None:
-            mean, sums, count = self._mean, self.sums, self.counts["sequences"]
-            squares = sums["loss_loss"] - 2 * mean * sums["loss_weight"] + mean * mean * sums["weight_weight"]
-            stderr = (squares.clip(min=0) * count / (count - 1)).sqrt() / sums["weight"]
+            assert isinstance(self.tally, Tally)
+            mean, sums = self._mean, self.sums
+            count, wide = self.tally.sequence_counts()
+            inner = (mean * sums["weight_weight"]).sub(sums["loss_weight"], alpha=2)
+            squares = torch.addcmul(sums["loss_loss"], mean, inner).clip(min=0)
+            stderr = (squares * count / (count - 1)).sqrt() / sums["weight"]
             too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
-            invalid = (count < 2) | (self.counts["wide_sequences"] > 0) | too_coarse | mean.isinf()  # NaN stays NaN.
-            self._stderr = stderr.masked_fill(invalid, math.nan)
+            # A wide sequence outweighs all others, in one comparison.
+            too_few = count.sub(wide, alpha=2**48) < 2
+            stderr = stderr.masked_fill(too_few | too_coarse, math.nan)
+            self._stderr = stderr + (mean - mean)  # NaN where the mean is infinite.
         return self._stderr
 
     def _exp(self, nats: Tensor) -> Tensor:
         return nats.exp()
 
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        if self._interval is None:
+            self._interval = super()._bounds()
+        return self._interval
+
     def _count(self, name: str) -> Tensor:
-        if name == "nonfinite":
-            return self._count("positive_infinite") + self._count("negative_infinite") + self._count("nan")
-        count: Tensor = self.counts[name]
-        return count
+        counts = self.tally.target_counts()
+        return counts[-len(_NONFINITE) :].sum(0) if name == "nonfinite" else counts[TARGET_COUNTS.index(name)]
 
 
 def check_reading(nan_policy: NanPolicy, confidence: float = 0.95) -> None:

@@ -112,9 +112,13 @@ class Tally:
         products = values[2:] * 2.0 ** (FRACTION_BITS - 2 * SEQUENCE_BITS)
         return dict(zip(SUMS, (*values[:2].unbind(), *products.unbind()), strict=True))
 
-    def counts(self) -> dict[str, Tensor]:
-        """Return `COUNTS`, without leaving the device."""
-        return dict(zip(COUNTS, self.state[NUM_SUM_LIMBS:].unbind(), strict=True))
+    def target_counts(self) -> Tensor:
+        """Return `TARGET_COUNTS`, without leaving the device."""
+        return self.state[NUM_SUM_LIMBS:-2]
+
+    def sequence_counts(self) -> tuple[Tensor, Tensor]:
+        """Return how many sequences of positive weight there are, and how many wide ones, on the device."""
+        return self.state[-2], self.state[-1]
 
     def totals(self) -> Totals:
         """Copy the tally to the host, as Python integers."""
@@ -197,11 +201,12 @@ class GroupTally:
         loss, weight = to_float(limbs, dtype)
         return {"loss": loss, "weight": weight}
 
-    def counts(self) -> dict[str, Tensor]:
-        """Return `TARGET_COUNTS` for each group, or for all together if it is a mistake, on the device."""
-        mistakes = "out_of_range", "improper", "invalid_weight"
-        counts = zip(TARGET_COUNTS, self.state[2 * NUM_LIMBS :], strict=True)
-        return {name: count.sum() if name in mistakes else count[:-1] for name, count in counts}
+    def target_counts(self) -> Tensor:
+        """Return `TARGET_COUNTS` for each group, on the device; mistakes are those of all groups, in each of them."""
+        counts = self.state[2 * NUM_LIMBS :]
+        own, shared = counts[:, :-1], counts.sum(1, keepdim=True).expand(-1, counts.shape[1] - 1)
+        # A scored target without a group is a mistake too.
+        return torch.cat([own[:2], shared[2:3] + self.num_groupless(), shared[3:5], own[5:]])
 
     def num_groupless(self) -> Tensor:
         """Return the number of scored targets that had no valid group, on the device."""
