@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 from torch.utils.data import DataLoader
 
 from tests.browser import serve
@@ -273,6 +274,12 @@ def kinds(folder: Path) -> dict[str, set[str]]:
     }
 
 
+def columns_of_hparams(folder: Path) -> list[str]:
+    """Return the tags whose values are shown in a run's row of the table of hyperparameters."""
+    about = EventAccumulator(str(folder)).Reload().summary_metadata["_hparams_/experiment"]
+    return [info.name.tag for info in parse_experiment_plugin_data(about.plugin_data.content).metric_infos]
+
+
 @pytest.mark.parametrize("part", [None, "layout", "descriptions", "references", "hparams", "pictures", "summary",
                                   "overlay"])  # fmt: skip
 def test_each_part_can_be_had_by_itself(tmp_path, part) -> None:
@@ -330,6 +337,9 @@ def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> N
     assert set(margins) <= set(points)
     assert "a-val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
     assert kinds(tmp_path / "run")["pictures"] == {f"a-val/{name}" for name in PICTURES}
+    columns = columns_of_hparams(tmp_path / "run")
+    assert columns == [f"a-val/{name}" for name in ("best_bits_per_token", *READINGS)]
+    assert set(columns) <= set(points)
 
 
 def test_two_monitors_have_a_category_each(tmp_path) -> None:
