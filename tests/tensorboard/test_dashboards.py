@@ -567,6 +567,18 @@ def test_the_same_arguments_give_the_same_layout_and_every_tag_is_anchored() -> 
     assert not re.match(dots, "x/val/perplexity/a-b")
 
 
+@pytest.mark.parametrize("overlay", [False, True])
+def test_a_prefix_is_text_and_no_pattern(overlay: bool) -> None:
+    """A chart of `a.b/` has the tags of `a.b/`, and none of `axb/`."""
+    layout = build_layout(groups=["web"], loaders=True, overlay=overlay, prefix="a.b/")
+    parts = ("", "/web", "/dataloader_idx_1")
+    tags = [*(f"{stage}/{name}{part}" for stage in ("train", "val") for name in READINGS for part in parts), *READINGS]
+    for chart in layout.category[0].chart:
+        for expression in chart.multiline.tag:
+            assert not any(re.match(expression, f"axb/{tag}") for tag in tags)
+            assert "uni" in expression or any(re.match(expression, f"a.b/{tag}") for tag in tags)
+
+
 def test_layouts_are_merged_by_title_and_the_later_one_wins() -> None:
     """What is not named in both is kept, in the order in which it came: categories, and the charts in them."""
     first = layout_pb2.Layout(category=[layout_pb2.Category(title="A"), layout_pb2.Category(title="B", closed=True)])
