@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from tests.browser import serve
 from xent_metrics.lightning import CrossEntropyMonitor
-from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout
+from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout, summarise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
@@ -466,6 +466,19 @@ def test_the_page_pairs_a_value_with_its_own_interval(tmp_path) -> None:
     page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
     [row] = [line for line in page.splitlines() if line.startswith("| `val/cross_entropy`")]
     assert row.endswith("|  |")
+
+
+def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
+    """That of the cross-entropy stands beside it in nats, and beside the bits in bits; others have one of their own."""
+    values = {"cross_entropy": 2.0, "bits_per_token": 2.0 / math.log(2), "perplexity": math.exp(2.0)}
+    ends = {"cross_entropy_lower": 1.5, "cross_entropy_upper": 2.5, "perplexity_lower": 4.0, "perplexity_upper": 12.0}
+    page = summarise({}, {f"x/val/{name}": value for name, value in (values | ends).items()}, {}, prefix="x/")
+    rows = [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "x/val" in line]
+    assert rows == [
+        ["x/val/cross_entropy", "2", "1.5 to 2.5"],
+        ["x/val/bits_per_token", "2.88539", f"{1.5 / math.log(2):.6g} to {2.5 / math.log(2):.6g}"],
+        ["x/val/perplexity", "7.38906", "4 to 12"],
+    ]
 
 
 def test_loaders_with_other_numbers_of_classes_are_no_trouble(tmp_path) -> None:
