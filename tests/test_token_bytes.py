@@ -482,6 +482,18 @@ def test_first_of_many_texts_is_shown_shortened() -> None:
     assert "ab" * 21 not in str(caught.value)
 
 
+def test_errors_of_two_texts_do_not_cancel() -> None:
+    """Each text is checked by itself: one with a byte too many and one with a byte too few do not make up for it."""
+    table = token_byte_lengths(byte_level())
+    for letter, error in (("h", 1), ("e", -1)):
+        table[byte_level().token_to_id(letter)] += error
+    for texts, first in ((["h", "e"], "got 1 in 'h' and 2 in its"), (["a", "e", "h"], "got 1 in 'e' and 0 in its")):
+        with pytest.raises(ValueError, match=first) as caught:
+            check_token_bytes(byte_level(), texts, table)
+        number = len(texts)
+        assert f"({number} and {number} over all texts, {number} in number)" in str(caught.value)
+
+
 def test_a_table_of_ones_own() -> None:
     """The table that is passed is the one that is checked, of any integer dtype, and for slow tokenizers too."""
     table = token_byte_lengths(byte_level())

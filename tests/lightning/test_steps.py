@@ -18,6 +18,7 @@ from tests.lightning.fits import (
     Model,
     assert_points,
     make_trainer,
+    ragged_batches,
     ragged_loader,
     readings,
 )
@@ -96,6 +97,19 @@ def test_an_empty_loader_of_several_is_not_logged(tmp_path) -> None:
     module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor())
     trainer.validate(module, [ragged_loader(2), DataLoader([], batch_size=None)], verbose=False)
     [by_loader] = module.evaluations
+    assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_loaders_keep_their_numbers_where_one_of_them_has_no_targets(tmp_path, empty) -> None:
+    """A value stands under the number that Lightning gave its loader, wherever the one of padding only is."""
+    module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor())
+    padding = DataLoader([(x, torch.full_like(y, IGNORED)) for x, y in ragged_batches(2, seed=3)], batch_size=None)
+    loaders = [ragged_loader(2, seed=1), ragged_loader(3, seed=2)]
+    trainer.validate(module, [*loaders[:empty], padding, *loaders[empty:]], verbose=False)
+    [by_loader] = module.evaluations
+    del by_loader[empty]
+    assert sorted(by_loader) == [i for i in range(3) if i != empty]
     assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
 
 

@@ -261,3 +261,27 @@ def test_a_binary_target_is_not_ignored_for_what_it_would_wrap_to(
     else:
         with pytest.raises(ValueError, match="got 1 that are neither"):
             functional.binary_cross_entropy(*args, ignore_index=ignore_index)
+
+
+@row(A_TARGET, A_BINARY_TARGET)
+@pytest.mark.parametrize("bad", [2**64 - 100, 2**63, 2**64 - 1])
+def test_an_unsigned_target_is_not_ignored_for_what_it_would_wrap_to(bad: int, hide_values: Callable[[], None]) -> None:
+    """What a uint64 has above int64 is no class, no 0 or 1 and no `ignore_index`: it raises, or is counted."""
+    target = torch.tensor([0, bad], dtype=torch.uint64)
+    options = {"ignore_index": bad - 2**64}
+    calls: list[Callable[[], Any]] = [
+        lambda: functional.cross_entropy(torch.zeros(2, K), target, **options),
+        lambda: functional.cross_entropy(
+            torch.zeros(1, 3, K), torch.cat([target[:1], target])[None], shift=True, **options
+        ),
+        lambda: functional.binary_cross_entropy(torch.zeros(2), target, **options),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"got 1 that are neither, such as {bad};"):
+            call()
+    losses = functional.tally(torch.zeros(2), target, input="losses", **options).totals()
+    assert (losses.scored, losses.ignored) == (2, 0)
+    hide_values()
+    assert all(call().isnan() for call in calls)
+    totals = functional.tally(torch.zeros(2, K), target, **options).totals()
+    assert (totals.out_of_range, totals.ignored) == (1, 0)

@@ -284,7 +284,7 @@ def test_merge(case: Case, form: str) -> None:
         else:
             metric.merge_state(other if form == "metric" else other.metric_state)
 
-    metric, other = case.filled(batches[0]), case.filled(*batches[1:])
+    metric, other = filled(case.metric(compute_with_cache=True), batches[0]), case.filled(*batches[1:])
     before, incoming = metric.compute(), other.tally.state.clone()
     merge(metric, other)
     assert metric.update_count == (3 if form == "metric" else 2)

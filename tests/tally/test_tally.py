@@ -19,7 +19,8 @@ from xent_metrics import GroupTally, Tally, functional
 from xent_metrics.losses import TargetLosses
 from xent_metrics.losses.target_losses import IGNORED, LIMIT, TARGET_OUT_OF_RANGE
 from xent_metrics.readings import ExactReading
-from xent_metrics.tally import tally_losses
+from xent_metrics.tally import tally_groups, tally_losses
+from xent_metrics.tally.limbs import NUM_LIMBS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -339,6 +340,26 @@ def test_foreign_states_are_refused() -> None:
     for wrong in (state.float(), state.int(), state[:-1], torch.cat([state, state]), state[0]):
         with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of \d+ numbers, got torch\.\w+ of"):
             Tally(wrong)
+
+
+@relaxed
+@given(batches(min_rows=1), st.data())
+def test_any_partition_gives_every_group_the_same_bits(batch: Batch, data: st.DataObject) -> None:
+    """However targets are dealt into batches, the sums of every group are the same, and canonical."""
+    group = torch.arange(batch.losses.numel()).view(batch.losses.shape) % 3
+    weight = torch.full_like(batch.losses, 0.75, dtype=torch.float64) if batch.weight is None else batch.weight
+
+    def tally(rows: list[int]) -> GroupTally:
+        return tally_groups(TargetLosses(batch.losses[rows]).weighted(weight[rows]), group[rows], 3)
+
+    parts = data.draw(partitions(len(group)))
+    total = sum(map(tally, parts), GroupTally.zero(3))
+    again = sum(map(tally, reversed(parts)), GroupTally.zero(3))
+
+    assert torch.equal(total.state, (tally([*range(len(group))]) + GroupTally.zero(3)).state)
+    assert torch.equal(total.state, again.state)
+    for limbs in total.state[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)):
+        assert ((limbs[1:] >= 0) & (limbs[1:] < 2**32)).all()
 
 
 def test_only_tallies_of_a_kind_are_added() -> None:

@@ -16,11 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
 from torch.utils.data import DataLoader
 
 from tests.browser import serve
 from xent_metrics.lightning import CrossEntropyMonitor
-from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout
+from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout, summarise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
@@ -273,6 +274,12 @@ def kinds(folder: Path) -> dict[str, set[str]]:
     }
 
 
+def columns_of_hparams(folder: Path) -> list[str]:
+    """Return the tags whose values are shown in a run's row of the table of hyperparameters."""
+    about = EventAccumulator(str(folder)).Reload().summary_metadata["_hparams_/experiment"]
+    return [info.name.tag for info in parse_experiment_plugin_data(about.plugin_data.content).metric_infos]
+
+
 @pytest.mark.parametrize("part", [None, "layout", "descriptions", "references", "hparams", "pictures", "summary",
                                   "overlay"])  # fmt: skip
 def test_each_part_can_be_had_by_itself(tmp_path, part) -> None:
@@ -330,6 +337,9 @@ def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> N
     assert set(margins) <= set(points)
     assert "a-val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
     assert kinds(tmp_path / "run")["pictures"] == {f"a-val/{name}" for name in PICTURES}
+    columns = columns_of_hparams(tmp_path / "run")
+    assert columns == [f"a-val/{name}" for name in ("best_bits_per_token", *READINGS)]
+    assert set(columns) <= set(points)
 
 
 def test_two_monitors_have_a_category_each(tmp_path) -> None:
@@ -458,6 +468,19 @@ def test_the_page_pairs_a_value_with_its_own_interval(tmp_path) -> None:
     assert row.endswith("|  |")
 
 
+def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
+    """That of the cross-entropy stands beside it in nats, and beside the bits in bits; others have one of their own."""
+    values = {"cross_entropy": 2.0, "bits_per_token": 2.0 / math.log(2), "perplexity": math.exp(2.0)}
+    ends = {"cross_entropy_lower": 1.5, "cross_entropy_upper": 2.5, "perplexity_lower": 4.0, "perplexity_upper": 12.0}
+    page = summarise({}, {f"x/val/{name}": value for name, value in (values | ends).items()}, {}, prefix="x/")
+    rows = [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "x/val" in line]
+    assert rows == [
+        ["x/val/cross_entropy", "2", "1.5 to 2.5"],
+        ["x/val/bits_per_token", "2.88539", f"{1.5 / math.log(2):.6g} to {2.5 / math.log(2):.6g}"],
+        ["x/val/perplexity", "7.38906", "4 to 12"],
+    ]
+
+
 def test_loaders_with_other_numbers_of_classes_are_no_trouble(tmp_path) -> None:
     """The lines to compare with are of the largest."""
 
@@ -555,6 +578,18 @@ def test_the_same_arguments_give_the_same_layout_and_every_tag_is_anchored() -> 
     [dots] = {tag for chart in layout.category[0].chart for tag in chart.multiline.tag if "x/val/perplexity/(" in tag}
     assert re.match(dots, "x/val/perplexity/a.b")
     assert not re.match(dots, "x/val/perplexity/a-b")
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+def test_a_prefix_is_text_and_no_pattern(overlay: bool) -> None:
+    """A chart of `a.b/` has the tags of `a.b/`, and none of `axb/`."""
+    layout = build_layout(groups=["web"], loaders=True, overlay=overlay, prefix="a.b/")
+    parts = ("", "/web", "/dataloader_idx_1")
+    tags = [*(f"{stage}/{name}{part}" for stage in ("train", "val") for name in READINGS for part in parts), *READINGS]
+    for chart in layout.category[0].chart:
+        for expression in chart.multiline.tag:
+            assert not any(re.match(expression, f"axb/{tag}") for tag in tags)
+            assert "uni" in expression or any(re.match(expression, f"a.b/{tag}") for tag in tags)
 
 
 def test_layouts_are_merged_by_title_and_the_later_one_wins() -> None:
