@@ -359,8 +359,10 @@ class Case(NamedTuple):
 
     @property
     def quantity(self) -> Quantity:
-        """What the class measures."""
-        return next(x for x in QUANTITIES.values() if x.metric is self.metric_class)
+        """Row of the class in `QUANTITIES`."""
+        quantities = {quantity.metric: quantity for quantity in QUANTITIES.values()}
+        assert self.metric_class in quantities, f"{self.metric_class.__name__} has a case, but no row in QUANTITIES"
+        return quantities[self.metric_class]
 
     def metric(self, **more: Any) -> Any:
         """Make a metric."""
@@ -524,6 +526,14 @@ FORMS = {
     "per_target_losses": Form(functional.per_target_losses, {"class_weight": CLASS_WEIGHT}),
     "per_target_losses-soft": Form(functional.per_target_losses, {"label_smoothing": 0.1}, {"target": "soft"}),
     "tally": Form(functional.tally, {"shift": True}, {"weighed": True}),
+}
+# A function that has no row of its own takes what the first case of its class takes.
+_WITH_A_FORM = {form.function for form in FORMS.values()}
+_FIRST_CASES = {case.metric_class: case for case in reversed(CASES.values())}
+FORMS |= {
+    name: Form(quantity.function, _FIRST_CASES[quantity.metric].options, _FIRST_CASES[quantity.metric].data)
+    for name, quantity in QUANTITIES.items()
+    if quantity.function is not None and quantity.function not in _WITH_A_FORM
 }
 DICTS = (CrossEntropyReport, CrossEntropyDecomposition, CrossEntropyDifference)
 SCALAR = {name: case for name, case in CASES.items() if case.metric_class not in (*DICTS, GroupedCrossEntropy)}

@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 from functools import cached_property
-from statistics import NormalDist
 from typing import Any, Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._rounding import Unit, exp, in_unit, nonfinite_sum, normal_quantile, root_of_ratio
 from xent_metrics.losses.mistakes import CLASS_TARGETS, MISTAKES, counted_mistake
 from xent_metrics.tally.limbs import FRACTION_BITS
 from xent_metrics.tally.tally import SEQUENCE_BITS, TARGET_COUNTS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
-Unit = Literal["nats", "bits"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class ReadingInfo:
     Attributes:
         name: What it is called, everywhere.
         unit: `"nats"`, `"bits"`, `"targets"`, or `"1"` for a pure number.
-        definition: One sentence in Markdown, for a reader in a hurry.
+        definition: What it is, in Markdown, for a reader in a hurry.
         lower: The lower bound of a plot's axis; None where there is none.
     """
 
@@ -53,29 +51,42 @@ class ReadingInfo:
 
 
 _READINGS = (
-    ReadingInfo("cross_entropy", "nats", "`sum(weight * loss) / sum(weight)`, with `-log q[target]` as loss."),
     ReadingInfo(
-        "bits_per_token", "bits", "Cross-entropy over `ln 2`: what a code built on the model spends on a token."
+        "cross_entropy",
+        "nats",
+        "Cross-entropy in **nats** a target: the mean of `-ln` of the probability that the model gave to what came. "
+        "Lower is better; 0 is certain and right.",
     ),
     ReadingInfo(
-        "perplexity", "1", "`exp` of the cross-entropy: that many equally likely tokens surprise as much.", 1.0
+        "bits_per_token",
+        "bits",
+        "Cross-entropy in **bits** a target: nats over `ln 2`, what a code built on the model spends on each. Lower is "
+        "better.",
     ),
-    ReadingInfo("cross_entropy_stderr", "nats", "Standard error of the cross-entropy; the sample is one of sequences."),
-    ReadingInfo("cross_entropy_lower", "nats", "Lower end of the interval of the cross-entropy.", None),
-    ReadingInfo("cross_entropy_upper", "nats", "Upper end of the interval of the cross-entropy."),
-    ReadingInfo("perplexity_lower", "1", "`exp` of the lower end of the interval of the cross-entropy."),
-    ReadingInfo("perplexity_upper", "1", "`exp` of the upper end of the interval of the cross-entropy.", 1.0),
+    ReadingInfo(
+        "perplexity",
+        "1",
+        "`exp` of the cross-entropy in nats: the **number** of equally likely choices that would be as surprising. "
+        "Lower is better; 1 is certain and right.",
+        1.0,
+    ),
+    ReadingInfo("cross_entropy_stderr", "nats", "Standard error of the cross-entropy, in **nats**."),
+    ReadingInfo("cross_entropy_lower", "nats", "Lower end of the interval of the cross-entropy, in **nats**.", None),
+    ReadingInfo("cross_entropy_upper", "nats", "Upper end of the interval of the cross-entropy, in **nats**."),
+    ReadingInfo("perplexity_lower", "1", "Lower end of the interval of the perplexity."),
+    ReadingInfo("perplexity_upper", "1", "Upper end of the interval of the perplexity.", 1.0),
     ReadingInfo("num_tokens", "targets", "Targets scored, those of non-finite loss included."),
     ReadingInfo("num_ignored", "targets", "Targets not scored: `ignore_index`, weight 0, or masked."),
     ReadingInfo("num_nonfinite", "targets", "Scored targets whose loss is infinite or NaN."),
-    ReadingInfo("bits_per_byte", "bits", "Total bits over the total UTF-8 bytes that the tokens stand for."),
+    ReadingInfo(
+        "bits_per_byte",
+        "bits",
+        "Total bits over the **UTF-8 bytes** that the tokens stand for: comparable between tokenizers. Lower is "
+        "better.",
+    ),
 )
 READINGS = {info.name: info for info in _READINGS}
 """Every reading, in the order in which they are shown."""
-
-# Irrational functions are evaluated to 40 digits, so that rounding to a float64 happens once.
-_DECIMAL = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)
-_NATS_IN: dict[Unit, Fraction] = {"nats": Fraction(1), "bits": Fraction(_DECIMAL.ln(Decimal(2)))}
 
 _MIN_SEQUENCE_BITS = 8
 """The root mean square of the sequences' weights needs this many bits, or the interval is noise and reads NaN."""
@@ -209,13 +220,13 @@ class ExactReading(Reading[float, int]):
         self.require_finite()
         totals = self.totals
         if totals.nonfinite and self.nan_policy == "propagate":
-            return _nonfinite_sum(totals.positive_infinite, totals.negative_infinite, totals.nan)
+            return nonfinite_sum(totals.positive_infinite, totals.negative_infinite, totals.nan)
         # The weight of no targets may be positive: bytes that were given for a text of which nothing was scored.
         return Fraction(totals.loss, totals.weight) if totals.weight and totals.scored else math.nan
 
     def in_unit(self, unit: Unit) -> float:
         """Return the cross-entropy in nats or in bits."""
-        return _divide(self.mean, unit)
+        return in_unit(self.mean, unit)
 
     @cached_property
     def cross_entropy_stderr(self) -> float:
@@ -237,11 +248,11 @@ class ExactReading(Reading[float, int]):
         if squares <= count * (down + abs(up)) ** 2:
             return 0.0
         # The weight is in units of 2**-64, S_c and W_c in units of 2**-36.
-        above = Decimal(count * squares << 2 * (FRACTION_BITS - SEQUENCE_BITS))
-        return float(_DECIMAL.sqrt(_DECIMAL.divide(above, Decimal((count - 1) * (down * totals.weight) ** 2))))
+        above = count * squares << 2 * (FRACTION_BITS - SEQUENCE_BITS)
+        return root_of_ratio(above, (count - 1) * (down * totals.weight) ** 2)
 
     def _exp(self, nats: Fraction | float) -> float:
-        return _exp(nats)
+        return exp(nats)
 
     def _count(self, name: str) -> int:
         number: int = getattr(self.totals, name)
@@ -268,13 +279,13 @@ class GroupReading(Reading[list[float], list[int]]):
         self.require_finite()
         totals, propagates = self.totals, self.nan_policy == "propagate"
         return [
-            _nonfinite_sum(*bad) if propagates and any(bad) else Fraction(loss, weight) if weight else math.nan
+            nonfinite_sum(*bad) if propagates and any(bad) else Fraction(loss, weight) if weight else math.nan
             for loss, weight, bad in zip(totals.loss, totals.weight, totals.nonfinite, strict=True)
         ]
 
     def in_unit(self, unit: Unit) -> list[float]:
         """Return the cross-entropy of each group in nats or in bits."""
-        return [_divide(mean, unit) for mean in self.mean]
+        return [in_unit(mean, unit) for mean in self.mean]
 
     @property
     def overall(self) -> ExactReading:
@@ -282,7 +293,7 @@ class GroupReading(Reading[list[float], list[int]]):
         return ExactReading(self.totals.everything, self.nan_policy)
 
     def _exp(self, nats: list[Fraction | float]) -> list[float]:
-        return [_exp(x) for x in nats]
+        return [exp(x) for x in nats]
 
     def _count(self, name: str) -> list[int]:
         if name == "nonfinite":
@@ -409,41 +420,3 @@ def read_exactly(
         return GroupReading(totals, nan_policy)
     check_valid(totals, 0, kept, targets, weights)
     return ExactReading(totals, nan_policy, confidence)
-
-
-def normal_quantile(confidence: float) -> float:
-    """Return how many standard errors on either side cover a normal mean with this probability."""
-    quantile: float = _inverse_cdf((1 - confidence) / 2)  # Of the lower tail, which no confidence rounds to 0.
-    return -quantile
-
-
-def _inverse_cdf(probability: float) -> float:
-    return NormalDist().inv_cdf(probability)
-
-
-# It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but for
-# importing the compiler first, which takes a second.
-_inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _nonfinite_sum(positive: int, negative: int, nan: int) -> float:
-    """Return what IEEE addition makes of so many infinities, minus infinities and NaNs, of which there are some."""
-    return math.nan if nan or (positive and negative) else math.inf if positive else -math.inf
-
-
-def _divide(nats: Fraction | float, unit: Unit) -> float:
-    """Return nats in a unit, rounded once: an integer over an integer."""
-    if not isinstance(nats, Fraction):
-        return nats
-    per = _NATS_IN[unit]
-    return nats.numerator * per.denominator / (nats.denominator * per.numerator)
-
-
-def _exp(x: Fraction | float) -> float:
-    """Return `exp(x)` correctly rounded, `inf` where it exceeds the largest float64."""
-    if isinstance(x, float) and not math.isfinite(x):
-        return math.exp(x)
-    if not -1000 <= x <= 1000:  # Far beyond what a float64 holds (709.8 and -745.1), and slow to compute.
-        return math.inf if x > 0 else 0.0
-    exact = Decimal(x) if isinstance(x, float) else _DECIMAL.divide(Decimal(x.numerator), Decimal(x.denominator))
-    return float(_DECIMAL.exp(exact))

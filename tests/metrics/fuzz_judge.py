@@ -159,16 +159,15 @@ def judge(entry: Quantity, options: dict[str, Any], batch: dict[str, Any]) -> Ju
             ignored += 1
             losses.append(0.0)
             continue
-        parts = [model.loss(place) for model in models]
-        norm = parts[0].target.norm
         if options["token_bytes"] is not None:
-            need(label < len(options["token_bytes"]))
+            need(0 <= label < models[0].num_ids(place))
             num_bytes = int(options["token_bytes"][label])
-            if entry.metric is BitsPerByte:
-                norm = float(num_bytes)
-                if not num_bytes:
-                    ignored += 1
-                    continue
+            if entry.metric is BitsPerByte and not num_bytes:
+                ignored += 1  # Nobody looks at its probabilities.
+                continue
+        parts = [model.loss(place) for model in models]
+        by_table = entry.metric is BitsPerByte and options["token_bytes"] is not None
+        norm = float(num_bytes) if by_table else parts[0].target.norm
         need(0 < w < 2.0**47)
         key = groups[place] if groups is not None else label if "num_classes" in options else 0
         need(0 <= key < options.get("num_groups", options.get("num_classes", 1)))
@@ -215,6 +214,11 @@ class Model(NamedTuple):
     rows: list[Any]
     labels: list[Any]
     dtypes: tuple[torch.dtype, torch.dtype]
+
+    def num_ids(self, place: int) -> int:
+        """Count the token ids that are a class and have an entry in the table of bytes."""
+        num_ids = len(self.options["token_bytes"])
+        return num_ids if self.options["input"] == "losses" else min(num_ids, len(self.rows[place]))
 
     def loss(self, place: int) -> Scored:
         """Work out the loss of one target, or refuse it."""
@@ -386,6 +390,7 @@ def read(name: str, options: dict[str, Any], parts: list[Judged]) -> dict[str, V
         return {"cross_entropy": mean, "entropy": entropy, "kl_divergence": difference}
     if name == "cross_entropy_difference":
         return {"difference": mean, "perplexity_ratio": perplexity(mean), "difference_stderr": stderr(parts, policy)}
+    assert name in ("report", "tally"), f"nobody judges {name}: say here what it reads"
     table = {}
     if options["token_bytes"] is not None:
         spoken = [one for one in targets if one.num_bytes]

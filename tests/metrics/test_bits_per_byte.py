@@ -130,3 +130,12 @@ def test_report_with_bytes(infinite: bool, nan_policy: str) -> None:
     forward = CrossEntropyReport(token_bytes=TABLE, nan_policy=nan_policy)(preds, target, weight)
     assert forward["bits_per_byte"].item() == pytest.approx(value["bits_per_byte"].item(), rel=1e-13)
     assert forward["num_tokens"] == value["num_tokens"]
+
+
+def test_probabilities_of_tokens_without_bytes_are_not_looked_at() -> None:
+    """Such a token is left out as an ignored one is, whatever the model says; one that is no class is still wrong."""
+    metric = BitsPerByte(token_bytes=torch.tensor([0, 1, 0]), input="probs")
+    metric.update(torch.tensor([[2.0, 0.5], [0.5, 0.5]]), torch.tensor([0, 1]))
+    assert metric.compute().item() == pytest.approx(1, rel=1e-7)
+    with pytest.raises(ValueError, match="`target` must hold class indices"):
+        metric.update(torch.tensor([[0.5, 0.5]]), torch.tensor([2]))

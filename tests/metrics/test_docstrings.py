@@ -65,3 +65,9 @@ def test_no_reading_is_missing_from_the_table() -> None:
     helpers = {"in_unit", "mean", "require_finite", "nan_policy", "confidence", "totals"}
     public = {name for name in dir(ExactReading) if not name.startswith("_")} - helpers
     assert public == set(READINGS) - {"bits_per_byte"}
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_report_documents_each_of_its_readings(name: str) -> None:
+    """A reading that is added to the table is one of the values of a report."""
+    assert f"`{name}`" in xent_metrics.CrossEntropyReport.__doc__

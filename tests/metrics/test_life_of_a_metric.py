@@ -254,6 +254,8 @@ def test_sync_and_unsync(case: Case) -> None:
     metric.sync(**sync)
     with pytest.raises(TorchMetricsUserError, match="synced"):
         metric(**batches[2])
+    with pytest.raises(TorchMetricsUserError, match="synced"):
+        metric.merge_state(case.filled(batches[2]))
     both = case.metric()
     both.add(metric.tally)
     assert bits(both.compute()) == bits(case.filled(*batches[:2]).compute())

@@ -14,23 +14,12 @@ from torch import Tensor, nn
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity, functional
+from xent_metrics.readings import READINGS
 
 K = 6
 CLASSES = [CrossEntropy, BitsPerToken, Perplexity, CrossEntropyReport]
 Batch = tuple[Tensor, ...]
-REPORT = [
-    "cross_entropy",
-    "bits_per_token",
-    "perplexity",
-    "cross_entropy_stderr",
-    "cross_entropy_lower",
-    "cross_entropy_upper",
-    "perplexity_lower",
-    "perplexity_upper",
-    "num_tokens",
-    "num_ignored",
-    "num_nonfinite",
-]
+REPORT = [info for info in READINGS.values() if info.name != "bits_per_byte"]
 
 
 def make_batches(weighed: bool = False) -> list[Batch]:
@@ -122,8 +111,8 @@ def test_report() -> None:
     metric.update(preds, target, torch.tensor([1.0, 0.0, 2.0, 1.0]))
     metric.update(preds, target, torch.tensor([[True], [False]]))
     report = metric.compute()
-    assert list(report) == REPORT
-    assert [x.dtype for x in report.values()] == [torch.float64] * 8 + [torch.int64] * 3
+    assert list(report) == [info.name for info in REPORT]
+    assert [x.dtype for x in report.values()] == [torch.int64 if info.is_count else torch.float64 for info in REPORT]
     counts = {name: x.item() for name, x in report.items() if name.startswith("num_")}
     assert counts == {"num_tokens": 6 + 5 + 3, "num_ignored": 2 + 3 + 5, "num_nonfinite": 0}
     assert report["cross_entropy_lower"] < report["cross_entropy"] < report["cross_entropy_upper"]

@@ -215,11 +215,8 @@ def test_states_of_0_1_0_are_converted(old: dict[str, Any], within: str) -> None
     module = nn.Sequential(metric) if within else metric
     module.load_state_dict({within + old["key"]: torch.tensor(old["state"])}, strict=True)
     metric._update_count = 1  # It is not saved, and without it there would be a warning.
-    assert numbers(metric.compute()) == numbers(
-        {name: torch.tensor(x, dtype=torch.float64) for name, x in old["computed"].items()}
-        if isinstance(old["computed"], dict)
-        else torch.tensor(old["computed"], dtype=torch.float64)
-    )
+    expected, found = numbers(old["computed"]), numbers(metric.compute())
+    assert {name: found[name] for name in expected} == expected  # A later version may read more of it.
     assert list(module.state_dict()) == [f"{within}tally"]
 
 

@@ -35,6 +35,13 @@ EXPORTED = (
     "per_target_losses",
     "tally",
 )
+EXPORTED += tuple(
+    {
+        form.function: name
+        for name, form in FORMS.items()
+        if form.function not in {FORMS[x].function for x in EXPORTED}
+    }.values()
+)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from xent_metrics import GroupTally, Tally, functional
 from xent_metrics.losses import TargetLosses
 from xent_metrics.losses.target_losses import IGNORED, LIMIT, TARGET_OUT_OF_RANGE
 from xent_metrics.readings import ExactReading
-from xent_metrics.tally import tally_groups, tally_losses
+from xent_metrics.tally import tally_groups, tally_losses, tally_mean
 from xent_metrics.tally.limbs import NUM_LIMBS
 
 if TYPE_CHECKING:
@@ -402,3 +402,21 @@ def test_what_is_seen_of_a_batch_changes_nothing(
     hide_values()
 
     assert seen == tallies()
+
+
+def test_a_mean_over_a_negative_number_of_targets_is_invalid() -> None:
+    """So many targets are counted, which no other count can cancel."""
+    bad = tally_mean(torch.tensor(1.0), torch.tensor(-5))
+    assert (bad + tally_mean(torch.tensor(1.0), torch.tensor(5))).totals().invalid_weight == 5
+
+
+@pytest.mark.parametrize("length", [2, 300])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_tally_is_where_its_losses_are(length: int, ignored: bool) -> None:
+    """Whatever device new tensors are made on."""
+    losses, group = torch.ones(2, length), torch.zeros(2, length, dtype=torch.int64)
+    status = torch.full((2, length), IGNORED, dtype=torch.int8) if ignored else None
+    with torch.device("meta"):
+        batch = TargetLosses(losses, None, status)
+        tally, groups = tally_losses(batch), tally_groups(batch, group, 3)
+        assert {x.state.device.type for x in (tally, tally + tally, groups + groups)} == {"cpu"}

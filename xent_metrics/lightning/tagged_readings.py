@@ -9,7 +9,7 @@ from typing import Any
 from xent_metrics.lightning.step_outputs import OutputReader, Tallies
 from xent_metrics.lightning.windows import add_tallies
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_valid
-from xent_metrics.tags import BITS_PER_BYTE, BOUNDED_READINGS, LOGGED_READINGS
+from xent_metrics.tags import BITS_PER_BYTE, BOUNDS, LOGGED_READINGS
 from xent_metrics.tally.tally import GroupTally
 from xent_metrics.validation_stats import ValidationPoint
 
@@ -40,8 +40,7 @@ class TaggedReadings:
         # have points where their value has one.
         totals = whole[0].totals
         if bounds and (totals.sequences > 1 or (totals.nonfinite and not self._outputs.reads_means)):
-            ends = (f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower", "upper"))
-            values |= {name: getattr(whole[0], name) for name in ends}
+            values |= {name: getattr(whole[0], name) for name in BOUNDS}
         tagged = {f"{self._prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
         for name, each in _values(by_group).items():
             for group, value, num_tokens in zip(self._outputs.groups, each, by_group[0].num_tokens, strict=True):

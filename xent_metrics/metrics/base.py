@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,6 @@ from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
-
-if TYPE_CHECKING:
-    pass
 
 SAVED_AS = "tally"
 """The key of a state in a `state_dict`."""
@@ -235,6 +232,7 @@ class TallyMetric(Metric):
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the tally of another metric that is configured alike."""
+        self._require_unsynced()
         incoming = incoming_state.metric_state if isinstance(incoming_state, TallyMetric) else incoming_state
         if isinstance(incoming, dict) and self._state_name not in incoming:
             other: Any = list(incoming)

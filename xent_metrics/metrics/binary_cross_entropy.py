@@ -8,6 +8,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._rounding import Unit
 from xent_metrics._validate import check_pos_weight, on_host
 from xent_metrics.losses.binary import binary_losses
 from xent_metrics.losses.mistakes import raise_mistakes
@@ -15,7 +16,7 @@ from xent_metrics.losses.options import Backend, BinaryInput, BinaryOptions, Los
 from xent_metrics.losses.score import as_weights
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch
-from xent_metrics.readings import NanPolicy, Reading, Unit, check_reading, check_unit
+from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
 from xent_metrics.tally import Tally, tally_losses
 
 

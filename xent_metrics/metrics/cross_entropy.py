@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
+from xent_metrics._rounding import Unit
 from xent_metrics._validate import check_class_weight, on_host
 from xent_metrics.losses.dense import target_losses
 from xent_metrics.losses.linear import LinearLogits
@@ -17,7 +18,7 @@ from xent_metrics.losses.score import score_batch, target_shape
 from xent_metrics.losses.target_losses import IGNORED, SCORED
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored
-from xent_metrics.readings import NanPolicy, Reading, Unit, check_reading, check_unit
+from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
 from xent_metrics.tally import Tally
 
 if TYPE_CHECKING:

@@ -9,13 +9,14 @@ from typing import Any
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
+from xent_metrics._rounding import Unit
 from xent_metrics._validate import check_class_weight, check_num_classes, on_host
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOver
 from xent_metrics.losses.score import score_batch
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored_by_group
-from xent_metrics.readings import NanPolicy, Reading, Unit, check_reading, check_unit
+from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
 from xent_metrics.tally import GroupTally
 
 

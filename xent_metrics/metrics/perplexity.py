@@ -12,7 +12,7 @@ from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.cross_entropy import tally_batch
-from xent_metrics.readings import NanPolicy, Reading, check_reading
+from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
 
 
 class Perplexity(LossMetric):
@@ -61,7 +61,7 @@ class Perplexity(LossMetric):
     tensor(8.0000, dtype=torch.float64)
     """
 
-    plot_lower_bound = 1.0
+    plot_lower_bound = READINGS["perplexity"].lower
     _tally_function = staticmethod(tally_batch)
 
     def __init__(

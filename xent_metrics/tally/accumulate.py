@@ -101,13 +101,13 @@ def tally_mean(mean: Tensor, count: Tensor) -> Tally:
 
     Args:
         mean: Mean loss in nats, a scalar; not read where `count` is 0.
-        count: Number of targets, an int64 scalar.
+        count: Number of targets, an int64 scalar; if it is negative, so many targets have an invalid weight.
     """
     loss = (mean.to(_runtime.widest_float(mean.device)) * count).view(1, 1)
     losses = TargetLosses(loss, count.to(loss.dtype).view(1, 1), mark(None, IGNORED, (count == 0).view(1, 1)))
     one = tally_losses(losses).state
     sums, counts = one[: 2 * NUM_LIMBS], one[NUM_SUM_LIMBS:-2]
-    return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts * count, counts.new_zeros(2)]))
+    return Tally(torch.cat([sums, sums.new_zeros(3 * NUM_LIMBS), counts * count.abs(), counts.new_zeros(2)]))
 
 
 def tally_groups(losses: TargetLosses, group: Tensor, num_groups: int) -> GroupTally:
@@ -137,7 +137,7 @@ def _tally_block(losses: TargetLosses) -> Tally:
     if _runtime.can_read_values(losses.loss) and losses.loss.numel() <= _FEW_TARGETS:
         state = _few_targets(losses)
         if state is not None:
-            return Tally(torch.tensor(state))
+            return Tally(torch.tensor(state, device=losses.loss.device))
     targets, counts = _tally_targets(losses)
     return Tally(torch.cat([_total(targets), *_tally_sequences(targets, losses.loss.shape[1], counts)]))
 
@@ -264,7 +264,7 @@ class _Cleared(NamedTuple):
         if self.status is None:
             return F.pad(self.loss.new_full((1,), self.loss.numel(), dtype=torch.int64), (0, len(TARGET_COUNTS) - 1))
         if _runtime.can_read_values(self.status):
-            return torch.tensor(_counted(count_statuses(self.status)))
+            return torch.tensor(_counted(count_statuses(self.status)), device=self.status.device)
         return _runtime.constant(_COUNTS, self.loss, torch.int64)[self.status.flatten().to(torch.int64)].sum(0)
 
     def sequence_sums(self) -> Tensor:
@@ -301,7 +301,7 @@ class _Cleared(NamedTuple):
             codes = [code for code in present if name in _COUNTED_AS[code]]
             if codes:
                 rows = [*rows, 2 * NUM_LIMBS + i]
-                numbers.append(torch.isin(statuses, torch.tensor(codes, dtype=torch.int8)))
+                numbers.append(torch.isin(statuses, statuses.new_tensor(codes)))
         return rows, torch.stack([x.to(torch.int64) for x in numbers])
 
     def _all_limbs(self) -> Tensor:

@@ -90,7 +90,7 @@ class Tally:
         if state.dim() == 1 and _runtime.can_read_values(state):  # Python integers are faster than operators here.
             numbers: list[int] = state.tolist()
             sums = (to_limbs(to_int(numbers[i : i + NUM_LIMBS])) for i in range(0, NUM_SUM_LIMBS, NUM_LIMBS))
-            return Tally(torch.tensor([*chain.from_iterable(sums), *numbers[NUM_SUM_LIMBS:]]))
+            return Tally(torch.tensor([*chain.from_iterable(sums), *numbers[NUM_SUM_LIMBS:]], device=state.device))
         normalise_in_place(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
         return Tally(state)
 

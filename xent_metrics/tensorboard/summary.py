@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from xent_metrics.readings import ExactReading
-from xent_metrics.tags import BOUNDED_READINGS
+from xent_metrics.tags import BOUNDS
 
 
 def summarise(
@@ -46,7 +45,7 @@ def _rows(values: Mapping[str, float], prefix: str) -> list[tuple[str, str, str]
     rows = []
     for tag, value in values.items():
         stage, _, name = tag.removeprefix(prefix).partition("/")
-        if re.fullmatch(f"({'|'.join(BOUNDED_READINGS)})_(lower|upper)", name):
+        if name in BOUNDS:
             continue
         # No interval is logged in bits: it is that of the cross-entropy, in another unit.
         base, unit = ("cross_entropy", math.log(2)) if name == "bits_per_token" else (name, 1.0)
