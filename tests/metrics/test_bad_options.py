@@ -263,6 +263,22 @@ def test_bad_numbers_of_bytes(num_bytes: Any, error: type[Exception], call: str)
     raised(error, lambda: KINDS["BitsPerByte"].call(bad))
 
 
+@pytest.mark.usefixtures("hidden_values")
+@pytest.mark.parametrize("num_bytes", [-1, 2**47, torch.tensor([9, -1]), torch.tensor([2**62] * 4)], ids=str)
+def test_bad_numbers_of_bytes_are_counted_elsewhere(num_bytes: Any) -> None:
+    """On an accelerator the batch reads NaN, and `compute` raises until a reset, also after a good batch."""
+    good, metric = make_batch("BitsPerByte"), BitsPerByte()
+    bad = {**good, "num_bytes": num_bytes}
+    assert metric(**KINDS["BitsPerByte"].chosen(bad)).isnan()
+    assert KINDS["BitsPerByte"].call(bad).isnan()
+    assert not metric(**KINDS["BitsPerByte"].chosen(good)).isnan()
+    for _ in range(2):
+        assert re.search(r"num_bytes.* but 1 were not; .*reset\(\)", raised(ValueError, metric.compute))
+    metric.reset()
+    assert bits(metric(**KINDS["BitsPerByte"].chosen(good))) == bits(KINDS["BitsPerByte"].call(good))
+    assert metric.compute().isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16, torch.uint32, torch.uint64])
 def test_numbers_of_bytes_of_any_integer_type(dtype: torch.dtype) -> None:
     """9 bytes are 9 bytes, in the table and beside the batch."""
