@@ -348,6 +348,15 @@ def test_bad_groups(call: str) -> None:
         assert re.match(r"`group` must be a dense tensor of integers, got .*; convert it with \.long\(\)", message)
 
 
+@row(A_GROUP)
+@pytest.mark.parametrize("bad", [2**63, 2**64 - 1])
+def test_a_group_above_int64_is_named_as_it_was_given(bad: int) -> None:
+    """No group wraps to another one, or to another number in words."""
+    group = torch.tensor([0, bad], dtype=torch.uint64)
+    with pytest.raises(ValueError, match=rf"`group` must hold integers in \[0, 3\), got 1 .* such as {bad};"):
+        functional.grouped_cross_entropy(torch.zeros(2, K), torch.tensor([0, 1]), group, num_groups=3)
+
+
 # Constructors.
 
 JUNK: dict[str, list[Any]] = {
