@@ -293,7 +293,7 @@ class TallyMetric(Metric):
         return {name: own[name] for name in self._decides}
 
     def _add_batch(self, *args: Any) -> None:
-        """Do what every `update` does."""
+        """Tally a batch and add it: the body of every `update`."""
         try:
             self._require_unsynced()
             batch = self._looked_at_batch(*args)
@@ -320,8 +320,9 @@ class TallyMetric(Metric):
         return batch
 
     def _look_at(self, preds: Tensor | LinearLogits, *_: Any, **__: Any) -> None:
+        """Warn if scores look like something else than `input` says."""
         if isinstance(preds, LinearLogits):
-            return  # What a matmul makes are no probabilities.
+            return  # A matmul does not make probabilities.
         class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
         self._looked_at_preds |= preds.numel() > 0
         found = input_mismatch_hint(preds, self.options.input, class_dim)
