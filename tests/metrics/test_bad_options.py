@@ -263,6 +263,22 @@ def test_bad_numbers_of_bytes(num_bytes: Any, error: type[Exception], call: str)
     raised(error, lambda: KINDS["BitsPerByte"].call(bad))
 
 
+@pytest.mark.usefixtures("hidden_values")
+@pytest.mark.parametrize("num_bytes", [-1, 2**47, torch.tensor([9, -1]), torch.tensor([2**62] * 4)], ids=str)
+def test_bad_numbers_of_bytes_are_counted_elsewhere(num_bytes: Any) -> None:
+    """On an accelerator the batch reads NaN, and `compute` raises until a reset, also after a good batch."""
+    good, metric = make_batch("BitsPerByte"), BitsPerByte()
+    bad = {**good, "num_bytes": num_bytes}
+    assert metric(**KINDS["BitsPerByte"].chosen(bad)).isnan()
+    assert KINDS["BitsPerByte"].call(bad).isnan()
+    assert not metric(**KINDS["BitsPerByte"].chosen(good)).isnan()
+    for _ in range(2):
+        assert re.search(r"num_bytes.* but 1 were not; .*reset\(\)", raised(ValueError, metric.compute))
+    metric.reset()
+    assert bits(metric(**KINDS["BitsPerByte"].chosen(good))) == bits(KINDS["BitsPerByte"].call(good))
+    assert metric.compute().isfinite()
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.uint16, torch.uint32, torch.uint64])
 def test_numbers_of_bytes_of_any_integer_type(dtype: torch.dtype) -> None:
     """9 bytes are 9 bytes, in the table and beside the batch."""
@@ -330,6 +346,15 @@ def test_bad_groups(call: str) -> None:
     for group in (good["group"].float(), good["group"].bool(), None, [0]):
         message = assert_no_trace(name, call, {**good, "group": group}, {}, good, TypeError)
         assert re.match(r"`group` must be a dense tensor of integers, got .*; convert it with \.long\(\)", message)
+
+
+@row(A_GROUP)
+@pytest.mark.parametrize("bad", [2**63, 2**64 - 1])
+def test_a_group_above_int64_is_named_as_it_was_given(bad: int) -> None:
+    """No group wraps to another one, or to another number in words."""
+    group = torch.tensor([0, bad], dtype=torch.uint64)
+    with pytest.raises(ValueError, match=rf"`group` must hold integers in \[0, 3\), got 1 .* such as {bad};"):
+        functional.grouped_cross_entropy(torch.zeros(2, K), torch.tensor([0, 1]), group, num_groups=3)
 
 
 # Constructors.

@@ -252,10 +252,9 @@ def test_sync_and_unsync(case: Case) -> None:
     ranks = of_two_ranks(case.filled(batches[0]))
     sync = {"dist_sync_fn": ranks["dist_sync_fn"], "distributed_available": lambda: True}
     metric.sync(**sync)
-    with pytest.raises(TorchMetricsUserError, match="synced"):
-        metric(**batches[2])
-    with pytest.raises(TorchMetricsUserError, match="synced"):
-        metric.merge_state(case.filled(batches[2]))
+    for add in (lambda: metric(**batches[2]), lambda: metric.merge_state(metric), lambda: metric.add(metric.tally)):
+        with pytest.raises(TorchMetricsUserError, match="synced"):
+            add()
     both = case.metric()
     both.add(metric.tally)
     assert bits(both.compute()) == bits(case.filled(*batches[:2]).compute())

@@ -22,6 +22,7 @@ from xent_metrics.losses.target_losses import (
     TARGET_OUT_OF_RANGE,
     TargetLosses,
     count_statuses,
+    has_only,
 )
 
 CLASS_TARGETS = "class indices in [0, number of classes), or soft targets: probabilities in [0, 1] with a sum of 1"
@@ -76,6 +77,7 @@ MISTAKES = (
         "but {number} scored targets had others; mend them, or mask their targets with `weight`, {again}",
     ),
 )
+_MISTAKE_BIT = 4  # Of all statuses above, and of no other.
 _BY_STATUS = {mistake.status: mistake for mistake in MISTAKES}
 
 
@@ -119,6 +121,8 @@ def raise_mistakes(
     """
     status = losses.status
     if status is None or not (_runtime.raises_eagerly if counted else _runtime.can_read_values)(losses.loss):
+        return
+    if has_only(status, ~_MISTAKE_BIT):
         return
     numbers = count_statuses(status)
     for mistake in MISTAKES:

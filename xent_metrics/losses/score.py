@@ -131,7 +131,10 @@ def as_groups(
         extremes = _runtime.least_and_greatest(groups)
         if extremes and not (extremes[0] >= 0 and extremes[1] < num_groups):
             bad = (groups < 0) | (groups >= num_groups)
-            bad = groups[bad if losses.status is None else bad & (losses.status != IGNORED)]
+            # As they were given: a uint64 may hold more than an index.
+            bad = per_target(group, shape, options, losses)[
+                bad if losses.status is None else bad & (losses.status != IGNORED)
+            ]
             if bad.numel():
                 raise_now(BAD_GROUP, bad.numel(), num_groups=num_groups, example=bad[0].item(), fix=fix)
     return groups

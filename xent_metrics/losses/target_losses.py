@@ -19,7 +19,8 @@ from xent_metrics._validate import WEIGHT_LIMIT
 LIMIT = 2.0**94
 """The first magnitude of a loss that counts as infinite: what is below is summed exactly."""
 
-# The order is that of precedence: nobody looks at the loss of a target that is ignored.
+# The order is that of precedence: nobody looks at the loss of a target that is ignored. Mistakes, and only they,
+# have the bit of 4.
 SCORED = 0
 POSITIVE_INFINITE = 1
 NAN = 2
@@ -117,12 +118,17 @@ class TargetLosses(NamedTuple):
 
 def count_statuses(status: Tensor) -> dict[int, int]:
     """Return how many targets have each status that any has; the host reads them."""
-    numbers: dict[int, int] = {}
-    for code in (SCORED, IGNORED, *range(SCORED + 1, IGNORED)):  # Nearly always the first two are all.
-        if sum(numbers.values()) == status.numel():
-            break
-        numbers[code] = int((status == code).count_nonzero())
+    if has_only(status, IGNORED):
+        num_ignored = int(status.count_nonzero())
+        numbers = {SCORED: status.numel() - num_ignored, IGNORED: num_ignored}
+    else:
+        numbers = {code: int((status == code).count_nonzero()) for code in range(NUM_STATUSES)}
     return {code: number for code, number in numbers.items() if number}
+
+
+def has_only(status: Tensor, bits: int) -> bool:
+    """Return whether no status has any other bits than these: `IGNORED`, or those of losses that are not finite."""
+    return not status.numel() or not int((status & ~bits).max())
 
 
 def mark(status: Tensor | None, code: int, where: Tensor) -> Tensor:

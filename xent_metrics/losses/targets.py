@@ -30,7 +30,8 @@ def ignored_status(target: Tensor, options: LossOptions | BinaryOptions) -> Tens
     if extremes and (mark_value < extremes[0] or mark_value > extremes[1]):  # False of NaNs.
         return None
     ignored = exact == mark_value
-    return None if extremes and not ignored.any() else mark(None, IGNORED, ignored)
+    known = extremes is not None and mark_value in extremes
+    return None if extremes and not known and not ignored.any() else mark(None, IGNORED, ignored)
 
 
 def lookup_index(index: Tensor, num_classes: int, options: LossOptions) -> tuple[Tensor, Tensor | None]:

@@ -251,6 +251,7 @@ class TallyMetric(Metric):
         state = incoming[self._state_name]
         if not isinstance(state, Tensor):
             raise TypeError(f"`incoming_state` must hold a tensor, got {type(state).__name__}; pass a metric's state.")
+        self._require_unsynced()
         self.tally = self.tally + self._tally_type(state.to(self.device))
         self._computed = None
         self._update_count += incoming_state.update_count if isinstance(incoming_state, Metric) else 1

@@ -65,7 +65,7 @@ def cut(x: Tensor, num_limbs: int = NUM_LIMBS) -> list[Tensor]:
         x = (x - limbs[0] * 2.0**64) * 2.0**-32
     while len(limbs) < num_limbs - 1:
         limbs.append(x.trunc())
-        x = (x - limbs[-1]) * 2.0**32
+        x.sub_(limbs[-1]).mul_(2.0**32)
     return [*limbs, x.round_()]
 
 
