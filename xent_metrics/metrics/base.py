@@ -164,14 +164,17 @@ class TallyMetric(Metric):
         """
         self._require_unsynced()
         batch: Any = self._looked_at_batch(*args, **kwargs)
-        accumulated = self.tally + batch
+        before = self.tally
+        accumulated = before + batch
         if self.dist_sync_on_step:
             self.tally = batch
             try:
                 with self.sync_context(dist_sync_fn=self.dist_sync_fn):
                     value = self._value_of_batch(self.tally)
-            finally:
-                self.tally = accumulated
+            except BaseException:
+                self.tally = before
+                raise
+            self.tally = accumulated
         else:
             value = self._value_of_batch(batch)
             self._keep(accumulated)
