@@ -244,6 +244,18 @@ def test_sync_options(case: Case) -> None:
             assert torch.equal(metric.tally.state, own)
 
 
+def test_a_batch_whose_sync_failed_was_not_added() -> None:
+    """It may be given again."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    metric = CrossEntropy(dist_sync_on_step=True, dist_sync_fn=fail, distributed_available_fn=lambda: True)
+    with pytest.raises(ConnectionError):
+        metric(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert (metric.tally.totals().scored, metric.update_count, metric._is_synced) == (0, 0, False)
+
+
 @each_case
 def test_sync_and_unsync(case: Case) -> None:
     """Between `sync` and `unsync` the state is that of both ranks, a batch is refused, and afterwards all goes on."""

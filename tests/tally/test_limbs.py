@@ -18,9 +18,8 @@ from xent_metrics.tally.limbs import (
     NUM_LIMBS,
     NUM_LOW_LIMBS,
     cut,
-    normalise,
+    normalise_in_place,
     products,
-    split,
     split_at_once,
     to_float,
     to_int,
@@ -31,8 +30,20 @@ BELOW_LIMIT = {torch.float32: LIMIT - 2.0**70, torch.float64: math.nextafter(LIM
 HALF = 2.0**-65
 
 
+def split(x: torch.Tensor) -> torch.Tensor:
+    """Cut floats into limbs on a new first dimension."""
+    return torch.stack(cut(x)).to(torch.int64)
+
+
+def normalise(limbs: torch.Tensor) -> torch.Tensor:
+    """Bring a copy of limbs into canonical form."""
+    canonical = limbs.clone()
+    normalise_in_place(canonical)
+    return canonical
+
+
 def split_sum(values: list[float], dtype: torch.dtype) -> torch.Tensor:
-    """Sum the limbs of a list of floats, not carried."""
+    """Sum the limbs of a list of floats, not normalised."""
     return split(torch.tensor(values, dtype=dtype)).sum(-1)
 
 

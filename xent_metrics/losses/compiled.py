@@ -1,7 +1,7 @@
 """The kernels through `torch.compile`: when they are compiled, for what, and what goes into them.
 
-The only module that knows `torch._dynamo`. A loss must have the same bits in any batch, and compiled code takes several
-short rows at a time and what is left of them in another way; so nothing is left of what it is given.
+The only module that knows `torch._dynamo`. A loss must have the same bits in any batch. Compiled code takes several
+short rows at a time, and rounds the rows that are left over in another way; so it is given a multiple of `_LANES` rows.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ def run(
         return kernel(*rows, *others, **constants)
     assert rows[0] is not None
     count = len(rows[0])
-    # Compiled code takes several short rows at a time, and what is left of them in another way, with other bits. So
-    # nothing is left.
+    # The last rows, which do not fill the lanes, are padded with zeros, so that no row is left over.
     left = count % _LANES if rows[0].shape[1:].numel() < _LANES else 0
     parts = []
     if left < count:
@@ -83,9 +82,9 @@ def _run_compiled(
 ) -> Results:
     """Call a kernel that is compiled for any number of rows, but for one number of classes.
 
-    What is best for one may be another thing for the next, and the bits of a loss must not depend on what came first.
+    The compiler chooses code by the shape that it sees first. The bits of a loss must not depend on which came first.
     """
-    # A view is of another kind than what is none, and strides are too.
+    # The compiler would compile again for a view, and for other strides.
     tensors = [None if x is None else x.contiguous().data for x in [*rows, *others]]
     for x in tensors:
         if x is not None and x.dim() == 2:

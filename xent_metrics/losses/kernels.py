@@ -40,7 +40,10 @@ def nll(
     eps: float | None,
     smooth: bool,
 ) -> Results:
-    """Return of each row `-log q[index]`; `sum_k class_weight[k] * log q[k]` if asked to; and what is improper.
+    """Return the loss `-log q[index]` of each row, a sum over its classes, and whether it is improper.
+
+    The sum is `sum_k class_weight[k] * log q[k]`; None unless `smooth`. A row of probabilities is improper if one of
+    them is outside [0, 1]; None for other input.
 
     Args:
         scores: Two rows or more, one score a class.
@@ -80,8 +83,8 @@ def nll_partials(
         smooth: Whether the sum over all classes is wanted.
 
     Returns:
-        Of each row its score at `index`; for logits relative to the largest one, and then the sum of exponentials of
-        all of them; the sum over all classes if asked to; and what is improper.
+        For each row: its score at `index`, for logits relative to the largest one; the sum of the exponentials of those
+        relative logits, or None for other input; the sum over all classes, if asked to; and whether it is improper.
     """
     scores, exponentials, improper = _relative(scores, top, input, eps)
     of_target, of_all = scores.gather(1, index.unsqueeze(1)).squeeze(1), None
@@ -144,7 +147,7 @@ def soft_nll(
     smoothing: float,
     excess: float,
 ) -> Results:
-    """Return the loss of each row for a target that is a distribution; which are none; and what is improper.
+    """Return the loss of each row for a soft target; whether that is no distribution; and whether the row is improper.
 
     Args:
         scores: Two rows or more, one score a class.
@@ -257,9 +260,9 @@ def _coefficients(
     smoothing: float,
     excess: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return what log-probabilities are multiplied by for soft targets, and which of those are no distributions."""
+    """Return what log-probabilities are multiplied by for soft targets, and which targets are not distributions."""
     probs = _copied(target, buffer, dtype)
-    # Asked so that a NaN is none either.
+    # A NaN compares false with everything, so a row that has one is not a distribution.
     distribution = (probs.amin(1) >= 0) & ((probs.sum(1) - 1).abs() <= excess)
     if smoothing:
         probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])

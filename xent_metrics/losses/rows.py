@@ -17,6 +17,7 @@ from xent_metrics.losses.compiled import fuses
 from xent_metrics.losses.kernels import Results, loss_dtype
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import LossOptions
+from xent_metrics.losses.target_losses import SCORED
 
 Rows = slice | Tensor
 """Which of the rows: a range, or their indices."""
@@ -77,10 +78,10 @@ def rows_to_score(preds: Tensor | LinearLogits, index: Tensor, status: Tensor | 
     linear = isinstance(preds, LinearLogits)
     if not linear and preds.numel() < _FEW_SCORES:
         return None
-    if status is None:  # Rows of `hidden` that are apart are gathered all the same, to be multiplied together.
+    if status is None:  # All are scored. Rows of `hidden` that are apart are gathered, so that one matmul takes many.
         apart = isinstance(preds, LinearLogits) and not preds.hidden.is_contiguous()
         return torch.arange(len(index), device=index.device) if apart else None
-    scored = (status == 0).nonzero().squeeze(1)
+    scored = (status == SCORED).nonzero().squeeze(1)
     return scored if linear or len(scored) <= _MOST_SCORED * len(index) else None
 
 

@@ -103,7 +103,7 @@ class TargetLosses(NamedTuple):
         """Let each target add its bytes to the denominator; one without bytes is ignored."""
         within = self.within(ids, len(token_bytes))
         if not len(token_bytes):
-            token_bytes = token_bytes.new_zeros(1)  # Every target is out of range, but has to look somewhere.
+            token_bytes = token_bytes.new_zeros(1)  # Every target is out of range, and looks up index 0.
         num_bytes = token_bytes[ids if within.status is None else ids.masked_fill(within._is_no_class(), 0)]
         silent = num_bytes == 0
         losses = within._replace(denominator=num_bytes.to(_runtime.widest_float(ids.device)))

@@ -164,14 +164,17 @@ class TallyMetric(Metric):
         """
         self._require_unsynced()
         batch: Any = self._looked_at_batch(*args, **kwargs)
-        accumulated = self.tally + batch
+        before = self.tally
+        accumulated = before + batch
         if self.dist_sync_on_step:
             self.tally = batch
             try:
                 with self.sync_context(dist_sync_fn=self.dist_sync_fn):
                     value = self._value_of_batch(self.tally)
-            finally:
-                self.tally = accumulated
+            except BaseException:
+                self.tally = before
+                raise
+            self.tally = accumulated
         else:
             value = self._value_of_batch(batch)
             self._keep(accumulated)
@@ -293,7 +296,7 @@ class TallyMetric(Metric):
         return {name: own[name] for name in self._decides}
 
     def _add_batch(self, *args: Any) -> None:
-        """Do what every `update` does."""
+        """Tally a batch and add it: the body of every `update`."""
         try:
             self._require_unsynced()
             batch = self._looked_at_batch(*args)
@@ -320,8 +323,9 @@ class TallyMetric(Metric):
         return batch
 
     def _look_at(self, preds: Tensor | LinearLogits, *_: Any, **__: Any) -> None:
+        """Warn if scores look like something else than `input` says."""
         if isinstance(preds, LinearLogits):
-            return  # What a matmul makes are no probabilities.
+            return  # A matmul does not make probabilities.
         class_dim = self.options.class_dim if isinstance(self.options, LossOptions) else None
         self._looked_at_preds |= preds.numel() > 0
         found = input_mismatch_hint(preds, self.options.input, class_dim)

@@ -55,7 +55,7 @@ def read_batch(tally: Tally | GroupTally, nan_policy: NanPolicy, confidence: flo
         ValueError: On the CPU, if `nan_policy` is `"raise"` and a loss is not finite; among several ranks, where
             scoring raised nothing, also if something invalid was counted.
     """
-    was_counted = is_distributed() and _runtime.can_read_values(tally.state)  # Instead of raised already.
+    was_counted = is_distributed() and _runtime.can_read_values(tally.state)  # Scoring did not raise.
     if was_counted or (nan_policy == "raise" and _runtime.raises_eagerly(tally.state)):
         read_exactly(tally, nan_policy, confidence, kept=False).require_finite()
     return DeviceReading(tally, nan_policy, confidence)

@@ -37,11 +37,6 @@ _SCALES = [2.0 ** (LIMB_BITS * i - FRACTION_BITS) for i in range(NUM_LIMBS)]
 """What turns a number into multiples of each limb's unit, the top one first."""
 
 
-def split(x: Tensor) -> Tensor:
-    """Cut finite floats of magnitude below `2**94` into limbs, the top one first, on a new first dimension."""
-    return torch.stack(cut(x)).to(torch.int64)
-
-
 def split_at_once(x: Tensor) -> Tensor:
     """Cut finite float64 into limbs that are floats still, on a new second dimension, in few operators.
 
@@ -74,15 +69,8 @@ def cut(x: Tensor, num_limbs: int = NUM_LIMBS) -> list[Tensor]:
     return [*limbs, x.round_()]
 
 
-def normalise(limbs: Tensor) -> Tensor:
-    """Bring limbs (on the last dimension, the top one first) into canonical form: all but the top in `[0, 2**32)`."""
-    canonical = limbs.clone()
-    normalise_in_place(canonical)
-    return canonical
-
-
 def normalise_in_place(limbs: Tensor) -> None:
-    """Bring limbs into canonical form where they are."""
+    """Bring limbs (on the last dimension, the top one first) into canonical form: all but the top in `[0, 2**32)`."""
     for i in range(limbs.shape[-1] - 1, 0, -1):
         upper = limbs[..., i - 1]
         upper += limbs[..., i] >> LIMB_BITS
@@ -103,8 +91,8 @@ def gram_of_digits(numbers: Tensor) -> Tensor:
     Returns:
         int64 of shape (4 * columns, 4 * columns): digit i of a column stands for multiples of `2**(16 * i)`.
     """
-    # What is added makes every digit positive and carries what is then above it; to flip the same bits, which takes
-    # them out again, makes them what `view` reads: signed numbers of 16 bits.
+    # Adding 2**15 to each digit carries into the next one what a balanced digit cannot hold. Flipping the highest bit
+    # of each digit takes 2**15 off again, so that `view` reads signed digits of 16 bits.
     numbers += _HALVES
     numbers ^= _HALVES
     digits = numbers.view(torch.int16)
