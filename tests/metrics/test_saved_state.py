@@ -229,3 +229,14 @@ def test_other_states_of_0_1_0_are_refused(old: dict[str, Any]) -> None:
     metric = make_old({**old, "options": {**old["options"], "ignore_index": 1}})
     with pytest.raises(ValueError, match=rf"but version 0.1.0 saved {old['key']}, .*; load it into a metric that is"):
         metric.load_state_dict({old["key"]: torch.tensor(old["state"])})
+
+
+@pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
+def test_a_state_of_0_1_0_is_one_of_eager_losses(old: dict[str, Any]) -> None:
+    """The first version gave the states of backends with the same bits one name, and those of compiled ones another."""
+    state = {old["key"]: torch.tensor(old["state"])}
+    metric = make_old(old, backend="eager")
+    metric.load_state_dict(state)
+    assert torch.equal(metric.tally.state, state[old["key"]])
+    with pytest.raises(ValueError, match=r"but version 0\.1\.0 saved"):
+        make_old(old, backend="compile").load_state_dict(state)
