@@ -19,7 +19,15 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 import xent_metrics
 from tests.cases import CASES, Case, bits, numbers
-from xent_metrics import BinaryCrossEntropy, BitsPerByte, BitsPerToken, CrossEntropy, GroupedCrossEntropy, Perplexity
+from xent_metrics import (
+    BinaryCrossEntropy,
+    BitsPerByte,
+    BitsPerToken,
+    CrossEntropy,
+    CrossEntropyReport,
+    GroupedCrossEntropy,
+    Perplexity,
+)
 from xent_metrics.metrics.saved_state import FORMAT_VERSION
 
 OLD_STATES = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_of_0_1_0.json").read_text())
@@ -173,6 +181,21 @@ def test_every_two_metrics_that_update_differently_are_told_apart() -> None:
             saved = saved_by(one)
             with pytest.raises(ValueError, match="`tally` must come from a metric"):
                 other.load_state_dict(saved)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="This PyTorch has no groups of ranks.")
+def test_metrics_of_split_sequences_are_told_apart() -> None:
+    """Ranks that share sequences tally them otherwise than ranks that do not; how many share them is saved."""
+    groups = [None, torch.distributed.ProcessGroup(0, 2), torch.distributed.ProcessGroup(1, 2)]
+    alone, first, second = (CrossEntropyReport(sequence_group=group) for group in groups)
+    assert saved_by(first)["tally"]["settings"] == {"sequence_group": 2}
+    second.load_state_dict(saved_by(first))
+    second.merge_state(first)
+    for one, other in ((alone, first), (first, alone)):
+        with pytest.raises(ValueError, match=r"`sequence_group` was (2|None), and here is (2|None)"):
+            other.load_state_dict(saved_by(one))
+        with pytest.raises(ValueError, match=r"incoming.state"):
+            other.merge_state(one)
 
 
 def test_a_later_format_is_refused() -> None:
