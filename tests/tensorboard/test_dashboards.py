@@ -403,6 +403,22 @@ def test_a_validation_alone_is_drawn_and_lays_out_its_charts(tmp_path) -> None:
     assert found["references"]
 
 
+def test_a_validation_after_a_fit_has_lines_of_its_own_data(tmp_path) -> None:
+    """It may be of another model, with other classes."""
+
+    class Wider(Table):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+            outputs = super().validation_step(batch, batch_idx)
+            return outputs | {"logits": torch.nn.functional.pad(outputs["logits"], (0, 12))}
+
+    monitor = CrossEntropyMonitor()
+    fit(TensorBoardLogger(tmp_path, name="", version="fit"), monitor, max_epochs=1)
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[monitor], enable_progress_bar=False)
+    trainer.validate(Wider(), DataLoader(samples(7), 3), verbose=False)
+    assert scalars(tmp_path / "run")["val/uniform_bits_per_token"] == [(0, 5.0)]
+
+
 def test_a_test_alone_lays_out_no_empty_charts(tmp_path) -> None:
     """There are no charts of tests, but descriptions."""
     logger = TensorBoardLogger(tmp_path, name="", version="run")
