@@ -400,17 +400,18 @@ def test_same_bits_for_any_batching(case: Bits) -> None:
 
 @needs_compiler
 def test_a_collection_does_not_merge_backends() -> None:
-    """Metrics of two backends share no state, as their losses differ in the last bits; those of one do."""
+    """Compiled metrics share no state with others, whose losses differ in the last bits; those with equal bits do."""
     metrics = {
         f"{backend} {name}": made(backend=backend)
-        for backend in ("eager", "compile")
+        for backend in BACKENDS
         for name, made in (("nats", CrossEntropy), ("perplexity", Perplexity))
     }
     collection = MetricCollection(metrics)
     for _ in range(2):
         collection.update(1000 * torch.eye(K), torch.arange(K))  # Losses of 0, which both make alike.
     groups = {frozenset(group) for group in collection.compute_groups.values()}
-    assert groups == {frozenset({f"{x} nats", f"{x} perplexity"}) for x in ("eager", "compile")}
+    alike = ("auto", "eager"), ("compile",)
+    assert groups == {frozenset(f"{x} {name}" for x in each for name in ("nats", "perplexity")) for each in alike}
 
 
 def test_states_of_two_backends_are_not_merged() -> None:

@@ -19,7 +19,15 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 import xent_metrics
 from tests.cases import CASES, Case, bits, numbers
-from xent_metrics import BinaryCrossEntropy, BitsPerByte, BitsPerToken, CrossEntropy, GroupedCrossEntropy, Perplexity
+from xent_metrics import (
+    BinaryCrossEntropy,
+    BitsPerByte,
+    BitsPerToken,
+    CrossEntropy,
+    CrossEntropyReport,
+    GroupedCrossEntropy,
+    Perplexity,
+)
 from xent_metrics.metrics.saved_state import FORMAT_VERSION
 
 OLD_STATES = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_of_0_1_0.json").read_text())
@@ -175,6 +183,21 @@ def test_every_two_metrics_that_update_differently_are_told_apart() -> None:
                 other.load_state_dict(saved)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="This PyTorch has no groups of ranks.")
+def test_metrics_of_split_sequences_are_told_apart() -> None:
+    """Ranks that share sequences tally them otherwise than ranks that do not; how many share them is saved."""
+    groups = [None, torch.distributed.ProcessGroup(0, 2), torch.distributed.ProcessGroup(1, 2)]
+    alone, first, second = (CrossEntropyReport(sequence_group=group) for group in groups)
+    assert saved_by(first)["tally"]["settings"] == {"sequence_group": 2}
+    second.load_state_dict(saved_by(first))
+    second.merge_state(first)
+    for one, other in ((alone, first), (first, alone)):
+        with pytest.raises(ValueError, match=r"`sequence_group` was (2|None), and here is (2|None)"):
+            other.load_state_dict(saved_by(one))
+        with pytest.raises(ValueError, match=r"incoming.state"):
+            other.merge_state(one)
+
+
 def test_a_later_format_is_refused() -> None:
     """A state of a format that this version does not know is refused with what to do."""
     saved = saved_by(CrossEntropy())
@@ -226,3 +249,14 @@ def test_other_states_of_0_1_0_are_refused(old: dict[str, Any]) -> None:
     metric = make_old({**old, "options": {**old["options"], "ignore_index": 1}})
     with pytest.raises(ValueError, match=rf"but version 0.1.0 saved {old['key']}, .*; load it into a metric that is"):
         metric.load_state_dict({old["key"]: torch.tensor(old["state"])})
+
+
+@pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
+def test_a_state_of_0_1_0_is_one_of_eager_losses(old: dict[str, Any]) -> None:
+    """The first version gave the states of backends with the same bits one name, and those of compiled ones another."""
+    state = {old["key"]: torch.tensor(old["state"])}
+    metric = make_old(old, backend="eager")
+    metric.load_state_dict(state)
+    assert torch.equal(metric.tally.state, state[old["key"]])
+    with pytest.raises(ValueError, match=r"but version 0\.1\.0 saved"):
+        make_old(old, backend="compile").load_state_dict(state)

@@ -21,7 +21,18 @@ from torch.utils.data import DataLoader
 
 from tests.browser import serve
 from xent_metrics.lightning import CrossEntropyMonitor
-from xent_metrics.tensorboard import add_layout, build_layout, describe_tag, merge_layouts, read_layout, summarise
+from xent_metrics.lightning.dashboards import Dashboards
+from xent_metrics.tensorboard import (
+    add_layout,
+    build_layout,
+    dashboard,
+    describe_tag,
+    merge_layouts,
+    read_layout,
+    summarise,
+)
+from xent_metrics.tensorboard.figures import draw_interval
+from xent_metrics.validation_stats import ValidationPoint, ValidationStats
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
@@ -392,6 +403,22 @@ def test_a_validation_alone_is_drawn_and_lays_out_its_charts(tmp_path) -> None:
     assert found["references"]
 
 
+def test_a_validation_after_a_fit_has_lines_of_its_own_data(tmp_path) -> None:
+    """It may be of another model, with other classes."""
+
+    class Wider(Table):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+            outputs = super().validation_step(batch, batch_idx)
+            return outputs | {"logits": torch.nn.functional.pad(outputs["logits"], (0, 12))}
+
+    monitor = CrossEntropyMonitor()
+    fit(TensorBoardLogger(tmp_path, name="", version="fit"), monitor, max_epochs=1)
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[monitor], enable_progress_bar=False)
+    trainer.validate(Wider(), DataLoader(samples(7), 3), verbose=False)
+    assert scalars(tmp_path / "run")["val/uniform_bits_per_token"] == [(0, 5.0)]
+
+
 def test_a_test_alone_lays_out_no_empty_charts(tmp_path) -> None:
     """There are no charts of tests, but descriptions."""
     logger = TensorBoardLogger(tmp_path, name="", version="run")
@@ -417,6 +444,44 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path) -> None:
     assert len(scalars(tmp_path / "run")["val/cross_entropy"]) == 3
     with pytest.raises(TypeError, match=r"`decode` must turn a list of one token into text, got 'tok.decode'"):
         CrossEntropyMonitor(decode="tok.decode")
+
+
+def test_pictures_show_the_bits_that_are_logged(tmp_path, monkeypatch) -> None:
+    """Title and band of the picture of all validations are in bits, as its axis says."""
+    drawn: list[tuple[Any, str]] = []
+    picture = draw_interval
+    monkeypatch.setattr(
+        dashboard, "draw_interval", lambda *args: drawn.append((args[0].copy(), args[1])) or picture(*args)
+    )
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=2)
+    [(history, title)] = drawn
+    points = scalars(tmp_path / "run")
+    ends = ([value / math.log(2) for _, value in points[f"val/cross_entropy_{end}"]] for end in ("lower", "upper"))
+    steps, bits = zip(*points["val/bits_per_token"], strict=True)
+    for shown, expected in zip(zip(*history, strict=True), (steps, bits, *ends), strict=True):
+        assert shown == pytest.approx(expected, rel=1e-6)
+    assert f"{bits[-1]:.3f} bits a target" in title
+
+
+def test_the_picture_of_all_validations_thins_them_out(tmp_path) -> None:
+    """Of a thousand and more it shows some hundred, from the first to the last."""
+    histories = []
+
+    class Recorder:
+        def draw(self, stats: Any, history: list[ValidationPoint], *_: Any) -> None:
+            histories.append([point.step for point in history])
+
+    dashboards = Dashboards(("pictures",), READINGS, (), "")
+    dashboards._dashboards = [Recorder()]
+    stats = ValidationStats(torch.device("cpu"), counts_classes=False)
+    for step in range(1500):
+        dashboards.add_validation(stats, ValidationPoint(step, 1.0, 0.5, 1.5), None, None, draw_now=step == 1499)
+    assert max(map(len, histories)) <= 512
+    assert len(histories[-1]) > 256
+    for steps in histories:
+        assert steps[0] == 0
+        assert steps == sorted(set(steps))
+    assert histories[-1][-1] == 1499
 
 
 def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
