@@ -329,8 +329,9 @@ class DeviceReading(Reading[Tensor, Tensor]):
             seen = seen | seen[-len(_NONFINITE) :].any()  # One group makes all of them NaN.
         weights = _runtime.constant(_SEEN[self.nan_policy], seen, torch.int64)
         index = (seen * weights.view(-1, *(1 for _ in seen.shape[1:]))).sum(0)
-        # Not `[index]`, for which the host reads an index that is a scalar.
-        other = _runtime.constant(_OTHER_MEANS, seen, sums["loss"].dtype).take(index)
+        # Not `[index]`, for which the host reads an index that is a scalar, nor `take`, which Inductor reads likewise.
+        means = _runtime.constant(_OTHER_MEANS, seen, sums["loss"].dtype)
+        other = means.index_select(0, index.view(-1)).view(index.shape)
         mean = (sums["loss"] / sums["weight"]).masked_fill(sums["weight"] == 0, math.nan)
         return torch.where(index == _FINITE, mean, other)
 
