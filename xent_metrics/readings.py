@@ -94,16 +94,19 @@ _MIN_SEQUENCE_BITS = 8
 _NONFINITE = ("positive_infinite", "negative_infinite", "nan")
 assert TARGET_COUNTS[-len(_NONFINITE) :] == _NONFINITE
 
-# A mean on the device has to become an infinity or NaN without a branch. The weights of the counts that are not 0 add
-# up to an index of what stands for it: 16 if anything was scored, 1 and 2 for either infinity, 4 and more for NaN.
-_FINITE = 16
-_MISTAKES_SEEN = {"scored": _FINITE, "out_of_range": 4, "improper": 4, "invalid_weight": 4}
-_NONFINITE_SEEN: dict[NanPolicy, tuple[int, int, int]] = {"propagate": (1, 2, 4), "omit": (0, 0, 0), "raise": (4, 4, 4)}
-_SEEN = {
-    policy: [{**_MISTAKES_SEEN, **dict(zip(_NONFINITE, own, strict=True))}.get(name, 0) for name in TARGET_COUNTS]
-    for policy, own in _NONFINITE_SEEN.items()
+# A mean on the device has to become an infinity or NaN without a branch. So each of `TARGET_COUNTS` adds something to
+# the sum of losses: one number if it is not 0, and another if it is.
+_MISTAKES_ADD = {"out_of_range": math.nan, "improper": math.nan, "invalid_weight": math.nan}
+_NONFINITE_ADD: dict[NanPolicy, tuple[float, float, float]] = {
+    "propagate": (math.inf, -math.inf, math.nan),
+    "omit": (0.0, 0.0, 0.0),
+    "raise": (math.nan, math.nan, math.nan),
 }
-_OTHER_MEANS = [math.nan] * (_FINITE + 1) + [math.inf, -math.inf] + [math.nan] * 32
+_IF_COUNTED = {
+    policy: [{**_MISTAKES_ADD, **dict(zip(_NONFINITE, own, strict=True))}.get(name, 0.0) for name in TARGET_COUNTS]
+    for policy, own in _NONFINITE_ADD.items()
+}
+_IF_NOT_COUNTED = [math.nan if name == "scored" else 0.0 for name in TARGET_COUNTS]
 
 Value = TypeVar("Value")
 Count = TypeVar("Count")
@@ -324,16 +327,15 @@ class DeviceReading(Reading[Tensor, Tensor]):
         self._interval: tuple[Tensor, Tensor] | None = None
 
     def _compute_mean(self) -> Tensor:
-        sums, seen = self.sums, self.tally.target_counts() > 0
+        loss, weight, seen = self.sums["loss"], self.sums["weight"], self.tally.target_counts() > 0
         if isinstance(self.tally, GroupTally) and self.nan_policy == "raise":
             seen = seen | seen[-len(_NONFINITE) :].any()  # One group makes all of them NaN.
-        weights = _runtime.constant(_SEEN[self.nan_policy], seen, torch.int64)
-        index = (seen * weights.view(-1, *(1 for _ in seen.shape[1:]))).sum(0)
-        # Not `[index]`, for which the host reads an index that is a scalar, nor `take`, which Inductor reads likewise.
-        means = _runtime.constant(_OTHER_MEANS, seen, sums["loss"].dtype)
-        other = means.index_select(0, index.view(-1)).view(index.shape)
-        mean = (sums["loss"] / sums["weight"]).masked_fill(sums["weight"] == 0, math.nan)
-        return torch.where(index == _FINITE, mean, other)
+        columns = (-1, *(1 for _ in loss.shape))
+        counted = _runtime.constant(_IF_COUNTED[self.nan_policy], loss, loss.dtype).view(columns)
+        not_counted = _runtime.constant(_IF_NOT_COUNTED, loss, loss.dtype).view(columns)
+        added = torch.where(seen, counted, not_counted).sum(0)
+        # 0 / 0 is NaN, as is a finite sum over no weight, and inf / 0 is inf.
+        return (loss.masked_fill(weight == 0, 0.0) + added) / weight
 
     @property
     def mean(self) -> Tensor:
@@ -358,7 +360,7 @@ class DeviceReading(Reading[Tensor, Tensor]):
             # A wide sequence outweighs all others, in one comparison.
             too_few = count.sub(wide, alpha=2**48) < 2
             stderr = stderr.masked_fill(too_few | too_coarse, math.nan)
-            self._stderr = stderr + (mean - mean)  # NaN where the mean is infinite.
+            self._stderr = stderr.add(mean, alpha=0.0)  # NaN where the mean is infinite, as 0 * inf is.
         return self._stderr
 
     def _exp(self, nats: Tensor) -> Tensor:
@@ -366,7 +368,8 @@ class DeviceReading(Reading[Tensor, Tensor]):
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         if self._interval is None:
-            self._interval = super()._bounds()
+            nats, stderr, quantile = self.cross_entropy, self.cross_entropy_stderr, normal_quantile(self.confidence)
+            self._interval = torch.sub(nats, stderr, alpha=quantile), torch.add(nats, stderr, alpha=quantile)
         return self._interval
 
     def _count(self, name: str) -> Tensor:

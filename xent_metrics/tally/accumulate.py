@@ -67,13 +67,21 @@ _COUNTED_AS = {
 _COUNTS = [[int(name in _COUNTED_AS[code]) for name in TARGET_COUNTS] for code in range(NUM_STATUSES)]
 """What a target of each status adds to each of `TARGET_COUNTS`."""
 
-# What each limb of a sequence adds to its number of units of 2**-SEQUENCE_BITS; the lowest one is shifted.
-_TO_UNITS = [0, 0, 2**SEQUENCE_BITS, 2 ** (SEQUENCE_BITS - LIMB_BITS), 0]
+# What each limb of a sequence adds to its number of units of 2**-SEQUENCE_BITS, after the lowest one was shifted.
+_TO_UNITS = [0, 0, 2**SEQUENCE_BITS, 2 ** (SEQUENCE_BITS - LIMB_BITS), 1]
 _LOWEST_SHIFT = 2 * LIMB_BITS - SEQUENCE_BITS
+_SHIFTS = [0, 0, 0, 0, _LOWEST_SHIFT]
 _ONE = 2.0**FRACTION_BITS
 # Upper limbs from which on a sequence does not fit.
 _TOO_WIDE = [[1], [1], [_SEQUENCE_LIMIT]]
 _TOO_WIDE_IF_LONG = [[1], [1], [0]]
+
+# Four kinds of losses, one after the other: NaN (put here as -inf), those that count as -inf, those that are summed,
+# and those that count as inf. These are the greatest of all kinds but the last.
+_GREATEST_OF_KIND = {
+    dtype: [-math.inf, -LIMIT, LIMIT * (1 - torch.finfo(dtype).eps / 2)] for dtype in (torch.float32, torch.float64)
+}
+_STATUS_OF_KIND = [NAN, NEGATIVE_INFINITE, SCORED, POSITIVE_INFINITE]
 
 
 def tally_losses(losses: TargetLosses, sequence_group: ProcessGroup | None = None) -> Tally:
@@ -236,12 +244,13 @@ def _tally_sequences(sums: Tensor, length: int, counts: Tensor) -> list[Tensor]:
     if sums.shape[1] == NUM_LOW_LIMBS:
         units = (sums[:, 0] << (SEQUENCE_BITS - LIMB_BITS)).add_(sums[:, 1] >> _LOWEST_SHIFT)
         return [products(units.t().contiguous()), counts, weighty, torch.zeros_like(weighty)]
-    units = (sums * _runtime.constant(_TO_UNITS, sums, torch.int64).unsqueeze(-1)).sum(1)
-    units += sums[:, -1] >> _LOWEST_SHIFT
+    limbs = sums.permute(2, 0, 1) >> _runtime.constant(_SHIFTS, sums, torch.int64)
+    units = (limbs * _runtime.constant(_TO_UNITS, sums, torch.int64)).sum(-1)
     # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
     limits = _TOO_WIDE if length < _SEQUENCE_LIMIT else _TOO_WIDE_IF_LONG
     wide = (sums[:, :3].abs() >= _runtime.constant(limits, sums, torch.int64)).flatten(0, 1).any(0)
-    return [products(units.masked_fill_(wide, 0).t().contiguous()), counts, weighty, wide.sum(0, keepdim=True)]
+    units.masked_fill_(wide.unsqueeze(-1), 0)
+    return [products(units.contiguous()), counts, weighty, wide.sum(0, keepdim=True)]
 
 
 class _Cleared(NamedTuple):
@@ -306,10 +315,11 @@ class _Cleared(NamedTuple):
 
     def _all_limbs(self) -> Tensor:
         """Return all limbs of each target's loss and weight, still floats, of shape (2, limbs, sequences, targets)."""
-        ones = torch.ones_like(self.loss, dtype=_runtime.widest_float(self.loss.device))
-        pair = torch.stack([self.loss, ones if self.denominator is None else self.denominator])
+        loss, weight = self.loss.to(_runtime.widest_float(self.loss.device)), self.denominator
         if self.status is not None:
-            pair.masked_fill_(self.status != SCORED, 0.0)
+            scored, zero = self.status == SCORED, _runtime.constant(0, loss, loss.dtype)
+            loss, weight = loss.where(scored, zero), scored if weight is None else weight.where(scored, zero)
+        pair = torch.stack([loss, torch.ones_like(loss) if weight is None else weight])
         return split_at_once(pair) if pair.dtype == torch.float64 else torch.stack(cut(pair), 1)
 
     def _is_scored(self) -> Tensor:
@@ -345,13 +355,15 @@ def _cleared(losses: TargetLosses) -> _Cleared:
     if small and status is not None:
         scored = (status == SCORED).to(loss.dtype)
         # They are finite, and a product is faster than `masked_fill`.
-        loss, denominator = loss * scored, scored if denominator is None else denominator * scored
+        loss, denominator = loss * scored, None if denominator is None else denominator * scored
     return _Cleared(loss, denominator, status, small)
 
 
 def _with_nonfinite(status: Tensor | None, loss: Tensor) -> Tensor:
     """Give losses that cannot be summed their status, if they have no stronger one."""
-    # 1 from LIMIT on, -1 from -LIMIT on, 2 for a NaN, 0 for all others; -1 & 3 is 3. In few operators.
-    marks = (loss / LIMIT).clamp_(-1.0, 1.0).trunc_().nan_to_num_(nan=float(NAN)).to(torch.int8)
-    marks.bitwise_and_(NEGATIVE_INFINITE)
+    # `bucketize` puts a NaN first or last, as the device likes; so it goes first, before all that was minus infinity.
+    ordered = loss.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=torch.finfo(loss.dtype).min)
+    bounds = _runtime.constant(_GREATEST_OF_KIND[loss.dtype], loss, loss.dtype)
+    kind = torch.bucketize(ordered, bounds, out_int32=True)
+    marks = _runtime.constant(_STATUS_OF_KIND, loss, torch.int8)[kind]
     return marks if status is None else torch.maximum(status, marks)
