@@ -17,6 +17,7 @@ import torchmetrics.functional.text
 from torch import Tensor
 
 from xent_metrics.functional import cross_entropy, per_target_losses
+from xent_metrics.losses import kernels
 
 K = 7
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -42,8 +43,8 @@ LAYOUTS: dict[str, tuple[Callable[[Callable[..., Tensor]], Tensor], int]] = {
 
 
 def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """Some roundings of the type in which losses are computed."""
-    return {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-6, "atol": 1e-6}
+    """What is promised of losses that are read in float32; some roundings of float64."""
+    return {"rtol": 1e-13, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 2e-7, "atol": 5e-7}
 
 
 def judge(preds: Tensor, target: Tensor, class_dim: int, **options: Any) -> Tensor:
@@ -95,7 +96,7 @@ def test_equal_to_pytorch_in_float64(dtype: torch.dtype, layout: str) -> None:
         settings = {"class_dim": class_dim, "ignore_index": ignore_index, **options}
         losses = per_target_losses(preds, target, **settings)
         context = f"{settings} {target.dtype} {weighing}"
-        assert losses.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), context
+        assert losses.dtype == torch.float64, context
         close = {**tolerance(dtype), "msg": lambda m, c=context: f"{c}\n{m}"}
         torch.testing.assert_close(losses.double(), expected, **close)
 
@@ -162,7 +163,7 @@ def test_losses_pass_through(dtype: torch.dtype, shape: tuple[int, ...]) -> None
     target = torch.where(torch.rand(shape) < 0.3, 9, torch.randint(0, 9, shape))
     result = per_target_losses(losses, target, input="losses", ignore_index=9)
     assert torch.equal(result, losses.to(result.dtype).masked_fill(target == 9, 0))
-    assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert result.dtype == torch.float64
 
 
 def test_eps_clips_probabilities() -> None:
@@ -217,13 +218,13 @@ def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: 
 def test_every_thread_has_a_row(num_classes: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows of a large vocabulary fill a buffer, and all but two threads would have nothing to do."""
     sizes = []
-    log_softmax = torch.log_softmax
+    sum_exponentials = kernels.sum_exponentials
 
-    def spy(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        sizes.append(len(scores))
-        return log_softmax(scores, *args, **kwargs)
+    def spy(exponentials: Tensor) -> Tensor:
+        sizes.append(len(exponentials))
+        return sum_exponentials(exponentials)
 
-    monkeypatch.setattr(torch, "log_softmax", spy)
+    monkeypatch.setattr(kernels, "sum_exponentials", spy)
     torch.set_num_threads(threads)
     preds = torch.zeros(1, num_classes).expand(2 * expected, num_classes)
     losses = per_target_losses(preds, torch.zeros(2 * expected, dtype=torch.int64))

@@ -91,7 +91,7 @@ MASKS: dict[str, Callable[[torch.Size], Tensor]] = {
 
 
 class Normalized(TorchDispatchMode):
-    """Counts the scores that become log-probabilities, and records where the first of each block is."""
+    """Counts the scores whose exponentials are taken, and records where the first of each block is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Normalized(TorchDispatchMode):
         self.starts: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "log_softmax" in str(func):
+        if "aten.exp_." in str(func):
             self.scores += args[0].numel()
             self.starts.append(args[0].data_ptr())
         return func(*args, **(kwargs or {}))

@@ -52,7 +52,7 @@ def binary_losses(
         loss, improper = run(options.backend, kernels.binary, rows, [], **constants)
         if improper is not None and not (_runtime.can_read_values(improper) and not improper.any()):
             status = mark(status, PROBABILITY_OUT_OF_RANGE, improper.view(target.shape))
-        losses = TargetLosses(loss, None, status)
+        losses = TargetLosses(loss.to(_runtime.widest_float(loss.device)), None, status)
         return losses.map(lambda x: x.reshape(-1)).as_sequences(target.shape)
 
 

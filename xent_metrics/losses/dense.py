@@ -1,6 +1,7 @@
 """From what a model returns to one loss per target, in nats: scores over classes, as a whole on this rank.
 
-All losses are `-sum_k t[k] * log q[k]` with target t and model q, in float32 (float64 for float64 `preds`).
+All losses are `-sum_k t[k] * log q[k]` with target t and model q. The scores are read in float32 (float64 for float64
+`preds`); what is done once for each target is done in float64, where there is one.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from xent_metrics import _runtime
 from xent_metrics._validate import check_tensors, without
 from xent_metrics.distributed import is_dtensor, vocab_shard
 from xent_metrics.losses import kernels
-from xent_metrics.losses.compiled import compiles, run
-from xent_metrics.losses.kernels import loss_dtype
+from xent_metrics.losses.compiled import run
+from xent_metrics.losses.kernels import RowSums
 from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.rows import RowResults, of_rows, rows_to_score, score_blocks
@@ -50,7 +51,7 @@ def target_losses(
     check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
     with _runtime.no_graph():
         if class_weight is not None:
-            class_weight = class_weight.to(loss_dtype(preds))
+            class_weight = class_weight.to(_runtime.widest_float(preds.device))
         if isinstance(preds, Tensor) and is_dtensor(preds):
             shard = vocab_shard(preds, options.class_dim)
             if shard is not None:
@@ -77,7 +78,7 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
         results = RowResults(target.numel() // num_classes)
         for rows, probs, buffer, _, _ in score_blocks(target, None, replace(options, input="probs", eps=None)):
             results.add(rows, run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing))
-        return target.new_empty(0, dtype=loss_dtype(target)) if results.joined is None else results.joined[0]
+        return _no_losses(target) if results.joined is None else results.joined[0]
 
 
 def _outline(preds: Tensor | LinearLogits, options: LossOptions) -> Tensor:
@@ -94,22 +95,27 @@ def _score_hard(
     """Score flat class indices."""
     if options.input == "losses":
         assert isinstance(preds, Tensor)
-        return TargetLosses(preds.reshape(-1).to(loss_dtype(preds)), None, ignored_status(index, options))
+        loss = preds.reshape(-1).to(_runtime.widest_float(preds.device))
+        return TargetLosses(loss, None, ignored_status(index, options))
     num_classes = preds.shape[options.class_dim]
     index, status = lookup_index(index, num_classes, options)
     denominator = None if class_weight is None else class_weight[index]
     scored = rows_to_score(preds, index, status)
     results = RowResults(len(index) if scored is None else len(scored))
-    kernel = kernels.nll_partials if compiles(options.backend) else kernels.nll
-    smooth = options.smoothing(num_classes) > 0
-    constants: dict[str, Any] = {"input": options.input, "eps": options.eps, "smooth": smooth}
-    for rows, scores, buffer, _, _ in score_blocks(preds, None, options, scored):
-        tensors = scores, of_rows(index, rows), buffer
-        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+    smoothing = options.smoothing(num_classes)
+    constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
+    temporaries = 1 if class_weight is not None and smoothing else 0
+    for rows, scores, buffer, _, _ in score_blocks(preds, None, options, scored, temporaries):
+        tensors = scores, of_rows(index, rows), buffer, None
+        results.add(
+            rows, run(options.backend, kernels.sum_hard, tensors, [class_weight], smooth=smoothing > 0, **constants)
+        )
     if results.joined is None:
-        return TargetLosses(index.new_zeros(index.shape, dtype=loss_dtype(preds)), denominator, status)
+        return TargetLosses(_no_losses(index).new_zeros(index.shape), denominator, status)
+    sums = RowSums(*results.joined)
     of_scored = denominator if denominator is None or scored is None else denominator[scored]
-    loss, improper = kernels.finish_nll(results.joined, of_scored, class_weight, num_classes, options)
+    loss = kernels.losses_of_hard(sums, of_scored, class_weight, num_classes, smoothing=smoothing, **constants)
+    improper = sums.improper
     if scored is not None:  # The others were not made.
         loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
         improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
@@ -120,8 +126,6 @@ def _score_soft(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
 ) -> TargetLosses:
     """Score targets that are distributions."""
-    compiled = compiles(options.backend)
-    kernel = kernels.soft_nll_partials if compiled else kernels.soft_nll
     results = RowResults(target.numel() // preds.shape[options.class_dim])
     constants: dict[str, Any] = {
         "input": options.input,
@@ -130,12 +134,12 @@ def _score_soft(
         "excess": _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
     }
     for rows, scores, buffer, probs, probs_buffer in score_blocks(preds, target, options):
-        tensors = (scores, probs) if compiled else (scores, probs, buffer, probs_buffer)
-        results.add(rows, run(options.backend, kernel, tensors, [class_weight], **constants))
+        tensors = scores, probs, buffer, probs_buffer
+        results.add(rows, run(options.backend, kernels.sum_soft, tensors, [class_weight], **constants))
     if results.joined is None:
-        return TargetLosses(target.new_empty(0, dtype=loss_dtype(preds)))
-    joined = results.joined
-    loss, out_of_range, improper = kernels.soft_nll_from_partials(*joined) if compiled else joined
+        return TargetLosses(_no_losses(target))
+    *sums, coefficients, out_of_range = results.joined
+    loss, improper = kernels.losses_of_soft(RowSums(*sums), coefficients), sums[-1]
     losses = TargetLosses(loss)
     if not (_runtime.can_read_values(out_of_range) and not out_of_range.any()):
         losses = losses.marked(TARGET_OUT_OF_RANGE, out_of_range)
@@ -147,6 +151,10 @@ def _with_improper(losses: TargetLosses, improper: Tensor | None) -> TargetLosse
     if improper is None or (_runtime.can_read_values(improper) and not improper.any()):
         return losses
     return losses._replace(status=mark(losses.status, PROBABILITY_OUT_OF_RANGE, improper))
+
+
+def _no_losses(beside: Tensor) -> Tensor:
+    return beside.new_empty(0, dtype=_runtime.widest_float(beside.device))
 
 
 def _entropy_term(p: float) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xent_metrics import _runtime
 from xent_metrics.losses.compiled import fuses
-from xent_metrics.losses.kernels import Results, loss_dtype
+from xent_metrics.losses.kernels import Results, padded_width, score_dtype
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.target_losses import SCORED
@@ -92,10 +92,22 @@ def of_rows(values: Tensor, rows: Rows) -> Tensor:
 
 
 def score_blocks(
-    preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
+    preds: Tensor | LinearLogits,
+    target: Tensor | None,
+    options: LossOptions,
+    scored: Tensor | None = None,
+    temporaries: int = 0,
 ) -> Iterator[Block]:
-    """Yield all rows, or those that are `scored`, a few at a time; or at once, where a compiler needs no buffers."""
-    num_classes, dtype = preds.shape[options.class_dim], loss_dtype(preds)
+    """Yield all rows, or those that are `scored`, a few at a time; or at once, where a compiler needs no buffers.
+
+    Args:
+        preds: The scores.
+        target: Soft targets, whose rows come along; None for none.
+        options: How losses are made.
+        scored: The rows to score; None for all.
+        temporaries: How many tensors of the buffer's size the kernel makes, for which there must be room too.
+    """
+    num_classes, dtype = preds.shape[options.class_dim], score_dtype(preds)
     last, linear = options.class_dim in (-1, preds.dim() - 1), isinstance(preds, LinearLogits)
     tensors = [x if last else x.movedim(options.class_dim, -1) for x in (preds, target) if isinstance(x, Tensor)]
     num_rows, num_buffers = preds.numel() // num_classes, 1 if target is None else 2
@@ -103,18 +115,12 @@ def score_blocks(
     if fused and (linear or (scored is None and _all_at_once(tensors))):
         max_rows = max(1, num_rows)
     else:
-        max_rows = rows_in_buffer(preds, num_buffers * num_classes * dtype.itemsize)
+        max_rows = rows_in_buffer(preds, (num_buffers + temporaries) * num_classes * dtype.itemsize)
     readable = fused or (options.input == "logits" and preds.dtype == dtype)
-    whole = None if linear or target is not None or scored is not None else tensors[0]
-    if whole is not None and readable and 1 < num_rows <= max_rows and whole.is_contiguous():
-        # They are read where they are, and what a kernel makes of them is no larger than a buffer would be.
-        yield slice(0, num_rows), whole.view(num_rows, num_classes), None, None, None
-        return
     buffers: list[Tensor | None] = [None, None]
-    in_place = linear and readable  # Logits that are made here may be written to.
-    if not fused and not (in_place and target is None):
-        shape = max(2, min(max_rows, num_rows)), num_classes
-        buffers[:num_buffers] = [torch.empty(shape, dtype=dtype, device=preds.device) for _ in range(num_buffers)]
+    if not fused:
+        some = max(2, min(max_rows, num_rows))
+        buffers = [padded_rows(some, num_classes, dtype, preds.device) if i < num_buffers else None for i in (0, 1)]
     if isinstance(preds, LinearLogits):
         blocks = _linear_blocks(preds, tensors, max_rows, scored)
     elif scored is None:
@@ -126,7 +132,16 @@ def score_blocks(
         buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
         scores = _as_rows(parts[0], buffer, readable)
         soft = None if target is None else _as_rows(parts[1], target_buffer, fused)
-        yield rows, scores, scores if in_place and not fused else buffer, soft, target_buffer
+        yield rows, scores, buffer, soft, target_buffer
+
+
+def padded_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a buffer for rows, padded with zeros as the sums of kernels need them."""
+    width = padded_width(num_classes)
+    buffer = torch.empty(num_rows, width, dtype=dtype, device=device)
+    if width > num_classes:
+        buffer[:, num_classes:].zero_()
+    return buffer
 
 
 def rows_in_buffer(preds: Tensor | LinearLogits, num_bytes: int) -> int:
@@ -149,10 +164,11 @@ def _as_rows(part: Tensor, buffer: Tensor | None, readable: bool) -> Tensor:
         part, readable = part.reshape(1, num_classes).expand(2, num_classes), False
     if buffer is None:
         return part.contiguous().view(-1, num_classes)
-    if readable and part.is_contiguous():
+    if readable and (part.is_contiguous() or (part.dim() == 2 and part.stride(1) == 1)):
         return part.view(-1, num_classes)
-    buffer.view(part.shape).copy_(part)
-    return buffer
+    rows = buffer[:, :num_classes]
+    rows.view(part.shape).copy_(part)
+    return rows
 
 
 def _chosen_blocks(
@@ -167,7 +183,7 @@ def _chosen_blocks(
     if buffer is None or buffer.dtype != scores.dtype:
         buffer = flat.new_empty(min(max_rows, len(chosen)), flat.shape[1])
     for rows in chosen.split(max_rows) if len(chosen) else ():
-        yield rows, [torch.index_select(flat, 0, rows, out=_first(buffer, len(rows)))]
+        yield rows, [torch.index_select(flat, 0, rows, out=_first(buffer, len(rows))[:, : flat.shape[1]])]
 
 
 def _linear_blocks(

@@ -11,10 +11,10 @@ from torch import Tensor
 from xent_metrics import _runtime
 from xent_metrics.distributed import VocabShard, max_over_ranks, sum_over_ranks
 from xent_metrics.losses import kernels
-from xent_metrics.losses.compiled import run
-from xent_metrics.losses.kernels import loss_dtype
+from xent_metrics.losses.compiled import fuses, run
+from xent_metrics.losses.kernels import RowSums, score_dtype
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.rows import row_blocks, rows_in_buffer
+from xent_metrics.losses.rows import num_rows_in, padded_rows, row_blocks, rows_in_buffer
 from xent_metrics.losses.target_losses import TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, lookup_index
 
@@ -38,7 +38,7 @@ def score_shard(
 
     rows = logits.movedim(options.class_dim, -1)
     width = rows.shape[-1]
-    dtype = loss_dtype(logits)
+    dtype = score_dtype(logits)
     max_rows = rows_in_buffer(logits, dtype.itemsize * max(1, width))
     top = torch.full(index.shape, -math.inf, dtype=dtype, device=index.device)
     blocks = list(row_blocks([rows], max_rows)) if width else []  # A rank may have no classes at all.
@@ -51,22 +51,27 @@ def score_shard(
     here = (local >= 0) & (local < width)
     local = local.masked_fill(~here, 0)
     own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
-    # Of each row: the target's logit, the sum of exponentials, and that of all logits; each relative to the largest.
-    sums = torch.zeros(3, len(index), dtype=dtype, device=index.device)
-    constants: dict[str, Any] = {"input": "logits", "eps": None, "smooth": smoothing > 0}
+    # Of each row: the target's logit and the sum of all, relative to the largest, and the sum of exponentials.
+    wide = _runtime.widest_float(index.device)
+    shares = torch.zeros(3, len(index), dtype=wide, device=index.device)
+    constants: dict[str, Any] = {"input": "logits", "eps": None}
+    most = max((num_rows_in(block) for block, _ in blocks), default=0)
+    buffer = None if fuses(options.backend) else padded_rows(most, width, dtype, index.device)
     for block, (part,) in blocks:
-        tensors = part.reshape(-1, width), local[block], top[block]
-        found = run(options.backend, kernels.nll_partials, tensors, [own_weight], **constants)
-        for total, x in zip(sums, found, strict=False):
+        rows = num_rows_in(block)
+        tensors = part.reshape(-1, width), local[block], None if buffer is None else buffer[:rows], top[block]
+        sums = RowSums(
+            *run(options.backend, kernels.sum_hard, tensors, [own_weight], smooth=smoothing > 0, **constants)
+        )
+        of_target = sums.of_target.to(wide) - top[block]
+        for share, x in zip(shares, (of_target, sums.exponentials, sums.of_all), strict=True):
             if x is not None:
-                total[block] = x
-    sums[0].masked_fill_(~here, 0.0)
-    of_target, exponentials, of_all = sum_over_ranks(sums, shard.group)
-    of_all = of_all if smoothing else None
+                share[block] = x
+    shares[0].masked_fill_(~here, 0.0)
+    of_target, exponentials, of_all = sum_over_ranks(shares, shard.group)
+    sums = RowSums(of_target, torch.zeros_like(top), exponentials, of_all if smoothing else None, None)
     denominator = None if class_weight is None else class_weight[index]
-    loss = kernels.finish_nll((of_target, exponentials, of_all, None), denominator, class_weight, num_classes, options)[
-        0
-    ]
+    loss = kernels.losses_of_hard(sums, denominator, class_weight, num_classes, smoothing=smoothing, **constants)
     return TargetLosses(loss, denominator, status).as_sequences(target.shape)
 
 

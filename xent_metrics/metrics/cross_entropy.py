@@ -259,8 +259,8 @@ def per_target_losses(
         broadcastable to `(...)`. In soft targets `0 * log 0` is 0, where `F.cross_entropy` gives NaN.
 
     Returns:
-        Losses of target's shape (for soft targets, without the class dimension), float32, or float64 for float64
-        `preds`; 0 where the target is ignored. Without a graph; empty without targets.
+        Losses of target's shape (for soft targets, without the class dimension), float64, or float32 on devices that
+        have no float64; 0 where the target is ignored. Without a graph; empty without targets.
 
     Raises:
         TypeError: If a dtype is not one of those named.

@@ -260,13 +260,19 @@ class _Cleared(NamedTuple):
         loss: The loss of each target; where numbers are small, 0 where it is not summed.
         denominator: The same of its weight; None for 1 where it is summed.
         status: The status of each, those of losses that are not finite included; None if all are scored.
-        small: Whether all numbers, and their sums over sequences, are known to fit the two lowest limbs.
+        most: A bound of the magnitude of every number; infinite if none is known.
     """
 
     loss: Tensor
     denominator: Tensor | None
     status: Tensor | None
-    small: bool
+    most: float
+
+    @property
+    def small(self) -> bool:
+        """Whether all numbers, and their sums over sequences, are known to fit the two lowest limbs."""
+        # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
+        return self.most < _SEQUENCE_LIMIT and self.most * self.loss.numel() < _SEQUENCE_LIMIT
 
     def counts(self) -> Tensor:
         """Return `TARGET_COUNTS`."""
@@ -281,9 +287,9 @@ class _Cleared(NamedTuple):
         if not self.small:
             return self._all_limbs().sum(-1, dtype=torch.int64)
         sums = self.loss.new_empty(2, NUM_LOW_LIMBS, self.loss.shape[0], dtype=torch.int64)
-        _sum_low_limbs(self.loss, sums[0])
+        _sum_low_limbs(self.loss, sums[0], self.most)
         if self.denominator is not None:
-            _sum_low_limbs(self.denominator, sums[1])
+            _sum_low_limbs(self.denominator, sums[1], self.most)
         else:
             sums[1, 0] = self.loss.shape[1] if self.status is None else self._is_scored().sum(-1)
             sums[1, 0] <<= LIMB_BITS
@@ -329,10 +335,12 @@ class _Cleared(NamedTuple):
         return torch.zeros_like(self.loss, dtype=torch.int8) if self.status is None else self.status
 
 
-def _sum_low_limbs(x: Tensor, sums: Tensor) -> None:
-    """Sum the two lowest limbs of each target over its sequence."""
+def _sum_low_limbs(x: Tensor, sums: Tensor, most: float) -> None:
+    """Sum the two lowest limbs of each target, of a magnitude of `most`, over its sequence."""
+    # Sums of integers below 2**53 are exact in float64, in whatever order, and faster than those of int64.
+    exact = x.dtype == torch.float64 and max(most, 1.0) * x.numel() < 2.0 ** (53 - LIMB_BITS)
     for limb, total in zip(cut(x, NUM_LOW_LIMBS), sums, strict=True):
-        total[:] = limb[:, 0] if limb.shape[1] == 1 else limb.sum(-1, dtype=torch.int64)
+        total[:] = limb[:, 0] if limb.shape[1] == 1 else limb.sum(-1, dtype=None if exact else torch.int64)
 
 
 def _cleared(losses: TargetLosses) -> _Cleared:
@@ -350,13 +358,12 @@ def _cleared(losses: TargetLosses) -> _Cleared:
         status = _with_nonfinite(status, loss)
         extremes = None
     most = math.inf if extremes is None else max(-extremes[0], extremes[1], heaviest)
-    # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
-    small = most < _SEQUENCE_LIMIT and most * loss.numel() < _SEQUENCE_LIMIT
-    if small and status is not None:
-        scored = (status == SCORED).to(loss.dtype)
-        # They are finite, and a product is faster than `masked_fill`.
-        loss, denominator = loss * scored, None if denominator is None else denominator * scored
-    return _Cleared(loss, denominator, status, small)
+    cleared = _Cleared(loss, denominator, status, most)
+    if status is None or not cleared.small:
+        return cleared
+    scored = (status == SCORED).to(loss.dtype)
+    # They are finite, and a product is faster than `masked_fill`.
+    return cleared._replace(loss=loss * scored, denominator=None if denominator is None else denominator * scored)
 
 
 def _with_nonfinite(status: Tensor | None, loss: Tensor) -> Tensor:
