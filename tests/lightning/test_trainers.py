@@ -163,8 +163,15 @@ def test_what_is_limited_to_nothing_is_not_logged(tmp_path) -> None:
     assert monitored(trainer) == {}
 
 
-@pytest.mark.parametrize(("interval", "every"), [(0.25, 2), (0.5, 4), (4, 4), (2, 2)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("interval", "every", "accumulate"),
+    [
+        (0.5, 4, 1),
+        (2, 2, 2),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.25, 2, 1), (4, 4, 1), (2, 2, 1))),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.25, 2, 2), (0.5, 4, 2), (4, 4, 2))),
+    ],
+)
 def test_validations_in_the_middle_of_an_epoch_leave_the_windows_alone(tmp_path, interval, every, accumulate) -> None:
     """Each is a point at the step before it, and the best is that of all of them."""
     module = Model()

@@ -186,7 +186,7 @@ def graph_of(backend: Any, num_rows: int, soft: bool = False) -> Graphs:
     return graphs
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hard", "soft"])
 @pytest.mark.parametrize("backend", ["auto", "compile"])
 def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
     """In a function that is compiled there is one graph, which does not grow with the batch."""

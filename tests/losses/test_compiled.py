@@ -360,7 +360,7 @@ BITS = {
     "binary probs": Bits(Scored({"input": "probs"}), "binary", 20_003),
 }
 
-QUICK = ("3 logits, weights", "257 soft", "binary logits")  # One of each kind of kernel; the others are slow.
+QUICK = ("3 logits, weights",)  # The others are slow.
 
 
 @pytest.fixture(name="_nothing_kept")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -18,7 +18,17 @@ from xent_metrics import Tally, functional
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
 
 
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# One form of each kind of value: a number, one from a table, a vector, a dict, and a tally. The others are slow.
+QUICK = ("cross_entropy-soft", "bits_per_byte-table", "grouped_cross_entropy", "cross_entropy_difference", "tally")
+QUICK_EXPORTED = ("cross_entropy-shift", "tally")
+
+
+def each_of(names: Iterable[str], quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Take these forms, of which only the quick ones are not slow."""
+    forms = [pytest.param(FORMS[x], id=x, marks=() if x in quick else pytest.mark.slow) for x in names]
+    return pytest.mark.parametrize("form", forms)
+
+
 # Exporting traces as compiling does: one form of each function, and of each kind of input.
 EXPORTED = (
     "cross_entropy-soft",
@@ -114,7 +124,7 @@ def test_every_function_has_a_form() -> None:
     assert {FORMS[name].function.__name__ for name in EXPORTED} == names
 
 
-@each_form
+@each_of(FORMS, QUICK)
 def test_compiled(form: Form) -> None:
     """In one graph the values are those of eager code, compiled once for one shape; bad values read NaN."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -159,10 +169,9 @@ class Calling(nn.Module):
         return value.state if isinstance(value, Tally) else value
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_exported(name: str) -> None:
+@each_of(EXPORTED, QUICK_EXPORTED)
+def test_exported(form: Form) -> None:
     """An exported module gives the values of eager code, and NaN for bad values."""
-    form = FORMS[name]
     batches = form.batches()
     exported = torch.export.export(Calling(form), (), batches[0]).module()
 
