@@ -1,4 +1,4 @@
-"""The example without Lightning: the same bits from 1, 2 and 4 processes, and curves that TensorBoard reads."""
+"""The example without Lightning: the same bits from 1 and 3 processes, and curves that TensorBoard reads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_example(num_ranks: int, folder: Path) -> list[str]:
 def test_fixed_weights_read_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
     """The last line, in hexadecimal, is the same for any number of ranks."""
     lines = {}
-    for num_ranks in (1, 2, 4):
+    for num_ranks in (1, 3):
         folder = tmp_path / str(num_ranks)
         folder.mkdir()
         lines[num_ranks] = run_example(num_ranks, folder)
