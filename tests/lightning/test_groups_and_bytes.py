@@ -78,7 +78,7 @@ def with_group(grouping: Any) -> Any:
     return lambda stage, outputs, batch, batch_idx: outputs | {"group": grouping(batch, batch_idx)}
 
 
-@pytest.mark.parametrize("form", ["losses", "logits"])
+@pytest.mark.parametrize("form", ["losses", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_every_group_reads_its_own_targets(tmp_path, form, grouping) -> None:
     """Names or indices, of batches, sequences or targets: in windows, validation and test; the empty one nowhere."""

@@ -9,6 +9,7 @@ import json
 import re
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,8 +198,13 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("arguments", ARGUMENTS)
+def arguments_and_packages() -> Iterator[Any]:
+    """Yield arguments and packages: all arguments, and every second one in the other package; the rest is slow."""
+    for (i, arguments), (j, package) in itertools.product(enumerate(ARGUMENTS), enumerate(PACKAGES)):
+        yield pytest.param(arguments, package, marks=() if i % 2 == j else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("arguments", "package"), [*arguments_and_packages()])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_lightning.cli")
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
 def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatch, package, arguments) -> None:

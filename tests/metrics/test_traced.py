@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.cases import FORMS, GROUPS, Batch, Form, K, numbers
+from tests.losses.compiling import needs_compiler, nothing_kept
 from xent_metrics import Tally, functional
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
@@ -186,6 +186,7 @@ def test_exported(form: Form) -> None:
         assert_bad(call(batch))
 
 
+@pytest.mark.slow
 def test_compiled_for_any_size() -> None:
     """With dynamic shapes what was compiled for the first batch serves batches of all sizes."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -214,15 +215,15 @@ def test_compiled_with_a_gradient() -> None:
     assert value.item() == pytest.approx(math.exp(loss.item()), rel=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.slow
-def test_compiled_to_machine_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_to_machine_code() -> None:
     """The default backend, which fuses and reorders, gives the value of eager code to 1e-12, and NaN."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     form = FORMS["cross_entropy-losses"]
     compiled = torch.compile(form.function, fullgraph=True)
     batches = form.batches()
-    for batch in batches:
-        assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
-    for batch in bad_batches(form, batches[0]):
-        assert_bad(compiled(**batch, **form.options))
+    with nothing_kept():
+        for batch in batches:
+            assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
+        for batch in bad_batches(form, batches[0]):
+            assert_bad(compiled(**batch, **form.options))
