@@ -169,6 +169,7 @@ def test_a_misspelt_option_is_refused(capsys) -> None:
     assert "max_epochz" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_numbers_printed_are_those_in_the_event_files(tmp_path) -> None:
     """The smoke configuration trains, prints a table, and logs what it prints; TensorBoard serves it."""
     out = run_cli(tmp_path, config("char_lm"), config("smoke"))

@@ -138,7 +138,9 @@ def test_a_barebones_trainer_logs_nothing_and_hears_nothing(tmp_path) -> None:
     assert monitored(trainer) == {}
 
 
-@pytest.mark.parametrize(("limit", "num"), [(3, 3), (0.5, 3), (1.0, 7), (1, 1)])
+@pytest.mark.parametrize(
+    ("limit", "num"), [(3, 3), (0.5, 3), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1.0, 7), (1, 1)))]
+)
 def test_limited_loaders_are_read_as_far_as_they_go(tmp_path, limit, num) -> None:
     """An epoch is what Lightning makes one: so many batches, or such a part of them."""
     limits = {f"limit_{stage}_batches": limit for stage in ("train", "val", "test")}

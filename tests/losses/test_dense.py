@@ -187,7 +187,7 @@ def batchings() -> Iterator[Any]:
     for num_classes, (i, dtype), (j, mode) in itertools.product(
         (5, 257, 32000, 128256), enumerate(dtypes), enumerate(modes)
     ):
-        slow = num_classes > 257 and (num_classes, i, j) not in ((32000, 0, 2), (32000, 1, 3), (128256, 1, 0))
+        slow = num_classes > 257 and (num_classes, i, j) not in ((32000, 0, 2), (128256, 1, 0))
         marks = [pytest.mark.slow] if slow else []
         yield pytest.param(num_classes, dtype, mode, marks=marks, id=f"{num_classes}-{dtype}-{mode}")
 

@@ -141,6 +141,7 @@ def test_compiled(form: Form) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_with_any_number_of_bytes() -> None:
     """A number of bytes that changes from batch to batch is no reason to compile again and again."""
     counter = CompileCounterWithBackend("aot_eager")
