@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -308,8 +309,14 @@ class Quantity(NamedTuple):
 
     def options(self, form: Callable[..., Any]) -> set[str]:
         """Return the names of the options of the function or of the metric."""
-        parameters = inspect.signature(form).parameters.values()
-        return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD} - set(self.arguments)
+        return {*_names(form)} - set(self.arguments)
+
+
+@cache
+def _names(form: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of the parameters of a function or of a class."""
+    parameters = inspect.signature(form).parameters.values()
+    return frozenset(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
 
 
 SCORES = ("logits", "log_probs", "probs")

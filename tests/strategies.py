@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,8 +23,8 @@ THOROUGH = "THOROUGH" in os.environ
 
 
 def examples(number: int) -> int:
-    """Return how many examples to try: a third where nobody takes their time."""
-    return number if THOROUGH else number // 3
+    """Return how many examples to try: a fifth where nobody takes their time."""
+    return number if THOROUGH else number // 5
 
 
 relaxed = settings(deadline=None, max_examples=examples(60))
@@ -56,6 +57,7 @@ def tally_of(losses: Tensor, weight: Tensor | None = None) -> Tally:
     return functional.tally(losses, torch.zeros_like(losses, dtype=torch.int64), weight, input="losses")
 
 
+@cache
 def finite_losses(dtype: torch.dtype) -> st.SearchStrategy[float]:
     """Every float below `LIMIT`, as `mantissa * 2**exponent`: both signs, subnormals, ties at `2**-65`, and -0.0.
 
@@ -68,16 +70,19 @@ def finite_losses(dtype: torch.dtype) -> st.SearchStrategy[float]:
     return st.builds(math.ldexp, mantissas, exponents) | st.just(-0.0)
 
 
+@cache
 def weights() -> st.SearchStrategy[float]:
     """Valid weights: 0, 1, and anything up to `2**47`, the smallest of which round to nothing."""
     return st.sampled_from([0.0, 1.0]) | st.floats(0.0, 2.0**47, exclude_max=True) | st.floats(0.5, 2.0)
 
 
+@cache
 def ordinary_losses() -> st.SearchStrategy[float]:
     """Losses as models have them, a few of them negative as densities have them, all of them float32."""
     return st.floats(0.0, 16.0, width=32) | st.floats(-1024.0, 1024.0, width=32)
 
 
+@cache
 def ordinary_weights() -> st.SearchStrategy[float]:
     """Weights as people have them: 0, or neither negligible nor huge."""
     return st.just(0.0) | st.floats(2.0**-10, 2.0**10)
@@ -104,6 +109,7 @@ def batches(
     return Batch(draw(values), draw(optional))
 
 
+@lru_cache(1000)
 def _tensors(shape: tuple[int, ...], values: st.SearchStrategy[Any], dtype: torch.dtype) -> st.SearchStrategy[Tensor]:
     """Tensors of a shape."""
     size = math.prod(shape)
@@ -153,6 +159,7 @@ JUNK: tuple[Any, ...] = (
 """What damage passes as an option: a few of these fit some of them."""
 
 
+@cache
 def scores(shape: tuple[int, ...], form: str, spice: bool) -> st.SearchStrategy[Tensor]:
     """Tensors of scores in float64, as `form` says, with `EXTREMES` if there is spice.
 
@@ -209,14 +216,12 @@ def _all_options(entry: Quantity) -> set[str]:
     return set().union(*(entry.options(form) for form in (entry.function, entry.metric) if form is not None))
 
 
-@st.composite
-def _options(
-    draw: st.DrawFn, entry: Quantity, form: str, shape: tuple[int, ...], num_classes: int, class_dim: int
-) -> dict[str, Any]:
-    """Draw valid options, some of them left out."""
+@cache
+def _valid_options(form: str, shape: tuple[int, ...], num_classes: int) -> dict[str, st.SearchStrategy[Any]]:
+    """What each option may be."""
     losses = form == "losses"
     most = (num_classes - 1) / num_classes
-    valid: dict[str, st.SearchStrategy[Any]] = {
+    return {
         "label_smoothing": st.just(0) if losses else st.sampled_from([0.0, 0, 0.5 * most, most]),
         "label_smoothing_over": st.sampled_from(["all", "others"]),
         "ignore_index": st.sampled_from([-100, None, 0, 1, -1, 2**40]),
@@ -230,6 +235,14 @@ def _options(
         "pos_weight": st.none() | _class_weights(shape[-1] if shape else 1).map(lambda x: x if shape else x[0]),
         "token_bytes": st.none() | _tables(num_classes),
     }
+
+
+@st.composite
+def _options(
+    draw: st.DrawFn, entry: Quantity, form: str, shape: tuple[int, ...], num_classes: int, class_dim: int
+) -> dict[str, Any]:
+    """Draw valid options, some of them left out."""
+    valid = _valid_options(form, shape, num_classes)
     options: dict[str, Any] = {"input": form} if entry.inputs[0] != form or draw(st.booleans()) else {}
     if "class_dim" in _all_options(entry) and (class_dim != -1 or draw(st.booleans())):
         options["class_dim"] = class_dim
@@ -241,11 +254,13 @@ def _options(
     return {name: value for name, value in options.items() if name != "token_bytes" or value is not None}
 
 
+@cache
 def _class_weights(num_classes: int) -> st.SearchStrategy[Tensor]:
     values = st.sampled_from([0.0, 0.5, 1.0, 3.0, 2.0**40])
     return st.sampled_from(FLOATS[:2]).flatmap(lambda dtype: _tensors((num_classes,), values, dtype))
 
 
+@cache
 def _tables(num_classes: int) -> st.SearchStrategy[Tensor]:
     lengths = st.integers(num_classes, num_classes + 1)
     return lengths.flatmap(lambda length: _tensors((length,), st.integers(0, 3), torch.int64))

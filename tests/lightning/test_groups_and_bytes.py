@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -78,7 +80,7 @@ def with_group(grouping: Any) -> Any:
     return lambda stage, outputs, batch, batch_idx: outputs | {"group": grouping(batch, batch_idx)}
 
 
-@pytest.mark.parametrize("form", ["losses", "logits"])
+@pytest.mark.parametrize("form", ["losses", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_every_group_reads_its_own_targets(tmp_path, form, grouping) -> None:
     """Names or indices, of batches, sequences or targets: in windows, validation and test; the empty one nowhere."""
@@ -214,8 +216,15 @@ def bits_per_byte(batches: list[Scored]) -> float:
     return nats / math.log(2) / num_bytes
 
 
-@pytest.mark.parametrize("form", ["losses", "logits", "shifted labels"])
-@pytest.mark.parametrize("given", ["list", "tensor", "file"])
+def forms_and_tables() -> Iterator[Any]:
+    """Yield forms and ways to give a table: each form once, and each way once; the others are slow."""
+    for (i, form), (j, given) in itertools.product(
+        enumerate(("losses", "logits", "shifted labels")), enumerate(("list", "tensor", "file"))
+    ):
+        yield pytest.param(form, given, marks=() if i == j else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("form", "given"), [*forms_and_tables()])
 def test_bits_per_byte_are_all_bits_over_all_bytes(tmp_path, form, given) -> None:
     """The table may be a list, a tensor or a file, and the readings per token are what they were."""
     torch.save(torch.tensor(NUM_BYTES), tmp_path / "bytes.pt")

@@ -9,6 +9,7 @@ import json
 import re
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def host_copies(tmp_path: Path, module: Model, *callbacks: Callback) -> list[Cou
 
 
 @pytest.mark.usefixtures("hidden_values")
-@pytest.mark.parametrize("form", ["losses", "logits", "mean"])
+@pytest.mark.parametrize("form", ["losses", *(pytest.param(x, marks=pytest.mark.slow) for x in ("logits", "mean"))])
 def test_windows_cost_no_more_host_copies_than_logging_the_loss(tmp_path, form) -> None:
     """None between log points, and one at each, for all values together: that of a scalar that is logged."""
 
@@ -115,7 +116,7 @@ PACKAGES = {"lightning.pytorch": lightning.pytorch, "pytorch_lightning": pytorch
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("in_a_list", [True, False])
+@pytest.mark.parametrize("in_a_list", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
 def test_it_serves_both_packages(tmp_path, package, in_a_list) -> None:
     """Lightning is published under two names with unrelated classes; the callback is one of either's."""
@@ -197,8 +198,13 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("arguments", ARGUMENTS)
+def arguments_and_packages() -> Iterator[Any]:
+    """Yield arguments and packages: all arguments, and every second one in the other package; the rest is slow."""
+    for (i, arguments), (j, package) in itertools.product(enumerate(ARGUMENTS), enumerate(PACKAGES)):
+        yield pytest.param(arguments, package, marks=() if i % 2 == j else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("arguments", "package"), [*arguments_and_packages()])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_lightning.cli")
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
 def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatch, package, arguments) -> None:

@@ -98,7 +98,13 @@ def floats(metrics: dict[str, Any]) -> dict[str, float]:
     return {tag: value.item() for tag, value in metrics.items()}
 
 
-@pytest.mark.parametrize(tuple(FACTORS), covering_runs())
+def runs_and_slow_ones() -> Iterator[Any]:
+    """Yield every second run; the others are slow."""
+    for i, run in enumerate(covering_runs()):
+        yield pytest.param(*run, marks=pytest.mark.slow if i % 2 else ())
+
+
+@pytest.mark.parametrize(tuple(FACTORS), [*runs_and_slow_ones()])
 def test_every_value_is_pooled_and_logged_once(tmp_path, form, precision, accumulate, loaders, logger) -> None:
     """Windows, epochs, validations with bounds, best and loaders, and a test: in all loggers and for all callbacks."""
     writers = {

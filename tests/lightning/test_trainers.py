@@ -138,7 +138,9 @@ def test_a_barebones_trainer_logs_nothing_and_hears_nothing(tmp_path) -> None:
     assert monitored(trainer) == {}
 
 
-@pytest.mark.parametrize(("limit", "num"), [(3, 3), (0.5, 3), (1.0, 7), (1, 1)])
+@pytest.mark.parametrize(
+    ("limit", "num"), [(3, 3), (0.5, 3), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((1.0, 7), (1, 1)))]
+)
 def test_limited_loaders_are_read_as_far_as_they_go(tmp_path, limit, num) -> None:
     """An epoch is what Lightning makes one: so many batches, or such a part of them."""
     limits = {f"limit_{stage}_batches": limit for stage in ("train", "val", "test")}
@@ -163,8 +165,15 @@ def test_what_is_limited_to_nothing_is_not_logged(tmp_path) -> None:
     assert monitored(trainer) == {}
 
 
-@pytest.mark.parametrize(("interval", "every"), [(0.25, 2), (0.5, 4), (4, 4), (2, 2)])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("interval", "every", "accumulate"),
+    [
+        (0.5, 4, 1),
+        (2, 2, 2),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.25, 2, 1), (4, 4, 1), (2, 2, 1))),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.25, 2, 2), (0.5, 4, 2), (4, 4, 2))),
+    ],
+)
 def test_validations_in_the_middle_of_an_epoch_leave_the_windows_alone(tmp_path, interval, every, accumulate) -> None:
     """Each is a point at the step before it, and the best is that of all of them."""
     module = Model()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -28,6 +30,17 @@ def forget() -> None:
     """Compile everything again."""
     torch._dynamo.reset()
     compiled._compiled.cache_clear()
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """Compile in full: code that is kept on disk may have been made for another first batch."""
+    with ExitStack() as stack:
+        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
+        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
+        forget()
+        yield
+        forget()
 
 
 def assert_near(value: Any, expected: Any) -> None:

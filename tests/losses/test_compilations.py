@@ -36,7 +36,7 @@ def batches_of_all_sizes(num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", ["hard", "soft"])
+@pytest.mark.parametrize("target", ["hard", pytest.param("soft", marks=pytest.mark.slow)])
 def test_two_compilations_at_most(target: str) -> None:
     """Any sequence of batches needs two compilations at most, with a shift too."""
     num_classes = {"hard": 11, "soft": 12}[target]
@@ -186,8 +186,8 @@ def graph_of(backend: Any, num_rows: int, soft: bool = False) -> Graphs:
     return graphs
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
-@pytest.mark.parametrize("backend", ["auto", "compile"])
+@pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hard", "soft"])
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "compile"])
 def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
     """In a function that is compiled there is one graph, which does not grow with the batch."""
     small, large = (graph_of(backend, num_rows, soft) for num_rows in (20, 300))

@@ -6,14 +6,13 @@ import inspect
 import pickle
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch._functorch.config
 import torch._inductor.config
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -24,7 +23,7 @@ import xent_metrics
 from tests import reference
 from tests.cases import CASES, CLASS_WEIGHT, Batch, Case, K, bits, metric_classes
 from tests.lightning.fits import Model, ragged_loader
-from tests.losses.compiling import assert_near, bits_of, compilations, forget, needs_compiler
+from tests.losses.compiling import assert_near, bits_of, compilations, forget, needs_compiler, nothing_kept
 from xent_metrics import CrossEntropy, CrossEntropyReport, LinearLogits, Perplexity, functional
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.losses import BinaryOptions, LossOptions, binary_losses, compiled, target_entropies
@@ -360,18 +359,14 @@ BITS = {
     "binary probs": Bits(Scored({"input": "probs"}), "binary", 20_003),
 }
 
-QUICK = ("3 logits, weights", "257 soft", "binary logits")  # One of each kind of kernel; the others are slow.
+QUICK = ("3 logits, weights",)  # The others are slow.
 
 
 @pytest.fixture(name="_nothing_kept")
 def _caches_off() -> Iterator[None]:
-    """Compile in full: code that is kept on disk may have been made for another first batch."""
-    with ExitStack() as stack:
-        stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False))
-        stack.enter_context(torch._functorch.config.patch(enable_autograd_cache=False))
-        forget()
+    """Compile in full."""
+    with nothing_kept():
         yield
-        forget()
 
 
 @needs_compiler

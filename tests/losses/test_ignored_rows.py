@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -116,8 +116,14 @@ def make_batch(layout: str, num_classes: int, dtype: torch.dtype) -> tuple[Tenso
 # Values.
 
 
-@each_layout
-@pytest.mark.parametrize("num_classes", [1, 5, 50257])
+def sizes_and_layouts() -> Iterator[Any]:
+    """Yield numbers of classes and layouts: few classes in every layout, others in some; the rest are slow."""
+    for num_classes, (i, layout) in itertools.product((1, 5, 50257), enumerate(LAYOUTS)):
+        slow = num_classes != 5 and i % 5 != (num_classes > 5)
+        yield pytest.param(num_classes, layout, marks=pytest.mark.slow if slow else (), id=f"{num_classes}-{layout}")
+
+
+@pytest.mark.parametrize(("num_classes", "layout"), [*sizes_and_layouts()])
 def test_every_bit_is_kept(num_classes: int, layout: str) -> None:
     """A row that is scored has the bits that it has if nothing is ignored; others are 0, and cost next to nothing."""
     for dtype in FLOATS if num_classes == 5 else FLOATS[1:3]:
@@ -146,8 +152,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def types_and_options() -> Iterator[Any]:
+    """Yield types and options: of all options one type each; the others are slow."""
+    for (i, dtype), (j, name) in itertools.product(enumerate(FLOATS), enumerate(OPTIONS)):
+        marks = () if i == j % 4 else pytest.mark.slow
+        yield pytest.param(dtype, OPTIONS[name], marks=marks, id=f"{dtype}-{name}")
+
+
+@pytest.mark.parametrize(("dtype", "options"), [*types_and_options()])
 def test_equal_to_pytorch_in_float64(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """Losses are those of `F.cross_entropy` with the same `ignore_index`, whatever the share of ignored rows."""
     for layout, mask in itertools.product(("sequences", "classes second", "batch last"), MASKS.values()):
@@ -329,9 +341,16 @@ def test_any_strides() -> None:
 # Costs.
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("num_rows", "num_classes"), [(2048, 8000), (64, 128256)])
-@pytest.mark.parametrize("layout", ["sequences", "classes second", "batch last", "all but one class"])
+def large() -> Iterator[Any]:
+    """Yield layouts, numbers of rows and classes, and types: both sizes in every layout; the others are slow."""
+    layouts = ("sequences", "classes second", "batch last", "all but one class")
+    sizes, dtypes = ((2048, 8000), (64, 128256)), (torch.bfloat16, torch.float32, torch.float64)
+    for (i, layout), (j, size), (k, dtype) in itertools.product(*map(enumerate, (layouts, sizes, dtypes))):
+        marks = () if (i + j) % 3 == k else pytest.mark.slow
+        yield pytest.param(layout, *size, dtype, marks=marks, id=f"{layout}-{size}-{dtype}")
+
+
+@pytest.mark.parametrize(("layout", "num_rows", "num_classes", "dtype"), [*large()])
 def test_memory_is_a_fixed_buffer(
     layout: str,
     num_rows: int,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -364,33 +364,36 @@ def test_an_update_never_waits(metric_class: Any, soft: bool, dtype: torch.dtype
 # Memory.
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "num_classes", "dtype", "mebibytes"),
-    [
+def sizes_and_forms() -> Iterator[Any]:
+    """Yield sizes, limits in MiB, and forms: each size in one form; the others are slow."""
+    sizes = (
         (1024, 32000, torch.float32, 64),
         (1024, 32000, torch.bfloat16, 33),
         (512, 128256, torch.float32, 64),
         (512, 128256, torch.bfloat16, 64),
-    ],
-)
-@pytest.mark.parametrize("form", ["plain", "some ignored", "shifted"])
+    )
+    for (i, size), (j, form) in itertools.product(enumerate(sizes), enumerate(("plain", "some ignored", "shifted"))):
+        yield pytest.param(*size, form, marks=() if i % 3 == j else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("num_rows", "num_classes", "dtype", "mebibytes", "form"), [*sizes_and_forms()])
 def test_memory_is_one_part_of_the_logits(
-    form: str,
     num_rows: int,
     num_classes: int,
     dtype: torch.dtype,
     mebibytes: int,
+    form: str,
     peak_bytes: Callable[[Callable[[], object]], int],
 ) -> None:
     """Not more than 64 MiB, where the logits are 62 to 250, whatever is left out."""
-    hidden, weight = torch.randn(4, num_rows // 4, 64).to(dtype), torch.randn(num_classes, 64).to(dtype)
+    hidden, weight = torch.randn(4, num_rows // 4, 8).to(dtype), torch.randn(num_classes, 8).to(dtype)
     target = torch.randint(0, num_classes, hidden.shape[:-1])
     if form == "some ignored":
         target[0, ::2] = -100
     preds = LinearLogits(hidden, weight)
     peak = peak_bytes(lambda: cross_entropy(preds, target, shift=form == "shifted"))
     # Some processors have no matmul in half precision, and PyTorch then makes wider copies of its factors and product.
-    flat, out = hidden.view(-1, 64)[:512], torch.empty(min(512, num_rows), num_classes, dtype=dtype)
+    flat, out = hidden.view(-1, 8)[:512], torch.empty(min(512, num_rows), num_classes, dtype=dtype)
     widened = peak_bytes(lambda: torch.mm(flat, weight.t(), out=out))
     assert peak <= mebibytes * 2**20 + widened
     assert peak > mebibytes * 2**19  # The instrument works.

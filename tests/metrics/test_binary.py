@@ -165,7 +165,7 @@ def test_binary_large_logits(logit: float, target: float, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("form", ["logits", "probs"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_binary_losses_do_not_know_their_neighbours(dtype: torch.dtype, form: str) -> None:
     """A binary loss has the same bits in batches of 1 to 40, of any stride, and on any number of threads."""
     size = 120_007

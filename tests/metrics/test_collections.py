@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -217,9 +218,9 @@ def test_metrics_that_differ_are_kept_apart(row: str, first: str) -> None:
     ("first", "calls"),
     [
         ("random", ["update"]),
-        ("uniform", ["update"]),
-        ("uniform", ["forward"]),
-        ("uniform", ["update", "forward"]),
+        pytest.param("uniform", ["update"], marks=pytest.mark.slow),
+        pytest.param("uniform", ["forward"], marks=pytest.mark.slow),
+        pytest.param("uniform", ["update", "forward"], marks=pytest.mark.slow),
         ("uniform", ["forward", "update", "update"]),
     ],
 )
@@ -312,8 +313,15 @@ def test_signatures_may_be_mixed() -> None:
     assert [set(group) for group in collection.compute_groups.values() if len(group) > 1] == alike
 
 
-@pytest.mark.parametrize("when", ["before", "after one", "after both"])
-@pytest.mark.parametrize("copy", ["clone", "deepcopy", "pickle"])
+def copies() -> Iterator[Any]:
+    """Yield ways and times to copy: each way once, and each time once; the others are slow."""
+    for (i, copy), (j, when) in itertools.product(
+        enumerate(("clone", "deepcopy", "pickle")), enumerate(("after one", "before", "after both"))
+    ):
+        yield pytest.param(copy, when, marks=() if i == j else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("copy", "when"), [*copies()])
 def test_copies_of_a_collection(copy: str, when: str) -> None:
     """A copy, with names of its own or not, goes on by itself, whenever it was made."""
     batches = batches_for(False, "uniform")

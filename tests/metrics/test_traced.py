@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +12,23 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.cases import FORMS, GROUPS, Batch, Form, K, numbers
+from tests.losses.compiling import needs_compiler, nothing_kept
 from xent_metrics import Tally, functional
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
 
 
-each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+# One form of each kind of value: a number, one from a table, a vector, a dict, and a tally. The others are slow.
+QUICK = ("cross_entropy-soft", "bits_per_byte-table", "grouped_cross_entropy", "cross_entropy_difference", "tally")
+QUICK_EXPORTED = ("cross_entropy-shift", "tally")
+
+
+def each_of(names: Iterable[str], quick: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Take these forms, of which only the quick ones are not slow."""
+    forms = [pytest.param(FORMS[x], id=x, marks=() if x in quick else pytest.mark.slow) for x in names]
+    return pytest.mark.parametrize("form", forms)
+
+
 # Exporting traces as compiling does: one form of each function, and of each kind of input.
 EXPORTED = (
     "cross_entropy-soft",
@@ -114,7 +124,7 @@ def test_every_function_has_a_form() -> None:
     assert {FORMS[name].function.__name__ for name in EXPORTED} == names
 
 
-@each_form
+@each_of(FORMS, QUICK)
 def test_compiled(form: Form) -> None:
     """In one graph the values are those of eager code, compiled once for one shape; bad values read NaN."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -131,6 +141,7 @@ def test_compiled(form: Form) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_compiled_with_any_number_of_bytes() -> None:
     """A number of bytes that changes from batch to batch is no reason to compile again and again."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -159,10 +170,9 @@ class Calling(nn.Module):
         return value.state if isinstance(value, Tally) else value
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_exported(name: str) -> None:
+@each_of(EXPORTED, QUICK_EXPORTED)
+def test_exported(form: Form) -> None:
     """An exported module gives the values of eager code, and NaN for bad values."""
-    form = FORMS[name]
     batches = form.batches()
     exported = torch.export.export(Calling(form), (), batches[0]).module()
 
@@ -177,6 +187,7 @@ def test_exported(name: str) -> None:
         assert_bad(call(batch))
 
 
+@pytest.mark.slow
 def test_compiled_for_any_size() -> None:
     """With dynamic shapes what was compiled for the first batch serves batches of all sizes."""
     counter = CompileCounterWithBackend("aot_eager")
@@ -205,15 +216,15 @@ def test_compiled_with_a_gradient() -> None:
     assert value.item() == pytest.approx(math.exp(loss.item()), rel=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@needs_compiler
 @pytest.mark.slow
-def test_compiled_to_machine_code(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_to_machine_code() -> None:
     """The default backend, which fuses and reorders, gives the value of eager code to 1e-12, and NaN."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     form = FORMS["cross_entropy-losses"]
     compiled = torch.compile(form.function, fullgraph=True)
     batches = form.batches()
-    for batch in batches:
-        assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
-    for batch in bad_batches(form, batches[0]):
-        assert_bad(compiled(**batch, **form.options))
+    with nothing_kept():
+        for batch in batches:
+            assert_same(compiled(**batch, **form.options), form.function(**batch, **form.options))
+        for batch in bad_batches(form, batches[0]):
+            assert_bad(compiled(**batch, **form.options))

@@ -87,6 +87,7 @@ def _no_problems(request: pytest.FixtureRequest) -> Iterator[None]:
         assert not request.getfixturevalue("dashboard").problems
 
 
+@pytest.mark.slow
 def test_time_series(dashboard) -> None:
     """A group for each prefix; curves with their last values, and images that are loaded."""
     groups = dashboard.time_series()
@@ -115,6 +116,7 @@ def test_scalars(dashboard) -> None:
     assert dashboard.scalars() == {"train": others[:1], "val": [described, *others[1:]]}
 
 
+@pytest.mark.slow
 def test_custom_scalars(dashboard) -> None:
     """Both kinds of charts, drawn, with nothing to report."""
     charts = dashboard.custom_scalars()
@@ -134,6 +136,7 @@ def test_custom_scalars(dashboard) -> None:
     assert not any(chart.problem for chart in charts["cross entropy"])
 
 
+@pytest.mark.slow
 def test_hparams(dashboard) -> None:
     """A row for each run, with the last value of the metric."""
     trials = dashboard.hparams()
@@ -148,6 +151,7 @@ def test_hparams(dashboard) -> None:
         }
 
 
+@pytest.mark.slow
 def test_images(dashboard) -> None:
     """Every image is there in its own size."""
     assert dashboard.images() == {
@@ -159,6 +163,7 @@ def test_images(dashboard) -> None:
     }
 
 
+@pytest.mark.slow
 def test_text(dashboard) -> None:
     """Markdown is rendered, tables too."""
     texts = dashboard.text()
@@ -171,6 +176,7 @@ def test_text(dashboard) -> None:
         assert text.tables == [TABLE]
 
 
+@pytest.mark.slow
 def test_screenshots_show_everything_and_are_small(dashboard, tmp_path) -> None:
     """The whole window is as tall as what it holds; the contents alone are less."""
     dashboard.time_series()
@@ -187,6 +193,7 @@ def test_screenshots_show_everything_and_are_small(dashboard, tmp_path) -> None:
     assert all(content < full for content, full in zip(sizes["content"], sizes["full"], strict=True))
 
 
+@pytest.mark.slow
 def test_broken_layouts_are_reported(chromium, tmp_path) -> None:
     """A wrong tag, a wrong expression, and curves without common steps: each for its own reason."""
     layout = {
@@ -219,6 +226,7 @@ def test_broken_layouts_are_reported(chromium, tmp_path) -> None:
     assert charts["matches more than was meant"].series == [f"{tag} (run)" for tag in BAND]
 
 
+@pytest.mark.slow
 def test_what_is_closed_or_on_a_second_page_is_seen_and_what_is_not_there_is_not(chromium, tmp_path) -> None:
     """TensorBoard closes all groups but the first two, and shows twelve cards of a group; tabs may have nothing."""
     with SummaryWriter(str(tmp_path)) as writer:
@@ -242,6 +250,7 @@ def test_what_is_closed_or_on_a_second_page_is_seen_and_what_is_not_there_is_not
         assert not dashboard.problems
 
 
+@pytest.mark.slow
 def test_problems_are_recorded(chromium, dashboard) -> None:
     """Exceptions, errors in the console and failed requests are; that another host is out of reach is not."""
     with open_tensorboard(chromium, dashboard.url) as spoilt:

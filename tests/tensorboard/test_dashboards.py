@@ -173,8 +173,8 @@ def test_the_layout_stands_beside_the_users_own(ask: Ask) -> None:
     assert "bits_per_token: validation loaders" in titles
 
 
-def test_each_chart_gets_the_tags_that_it_is_meant_for_and_no_other(ask: Ask) -> None:
-    """The sibling that the module logs, bounds, groups and loaders are not in a chart of the whole."""
+def test_each_chart_of_lines_gets_the_tags_that_it_is_meant_for_and_no_other(ask: Ask) -> None:
+    """The sibling that the module logs, bounds, groups and loaders are not among the lines of the whole."""
     received: dict[str, set[str]] = {}
     for title, chart in charts(ask("data/plugin/custom_scalars/layout"), "Likelihood").items():
         if "multiline" in chart:
@@ -602,6 +602,7 @@ def test_a_sanity_check_is_no_validation_of_the_page(tmp_path) -> None:
     assert "| the last validation | 0 | 0 | 0 |" in page
 
 
+@pytest.mark.slow
 def test_a_run_of_ten_thousand_log_points_stays_small(tmp_path) -> None:
     """What 400 points more cost, times 10,000, with what is written once, is below 5 MB."""
     sizes = []
