@@ -17,11 +17,10 @@ from xent_metrics import _runtime
 from xent_metrics._validate import check_tensors, without
 from xent_metrics.distributed import is_dtensor, vocab_shard
 from xent_metrics.losses import kernels
-from xent_metrics.losses.compiled import run
 from xent_metrics.losses.kernels import RowSums
 from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.rows import RowResults, of_rows, rows_to_score, score_blocks
+from xent_metrics.losses.rows import Reduction, RowResults, num_rows_in, of_rows, row_groups, rows_to_score
 from xent_metrics.losses.sharded import score_shard
 from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, ignored_status, lookup_index
@@ -76,8 +75,12 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
             return torch.full((target.numel(),), nats, dtype=_runtime.widest_float(preds.device), device=preds.device)
         results = RowResults(target.numel() // num_classes)
-        for rows, probs, buffer, _, _ in score_blocks(target, None, replace(options, input="probs", eps=None)):
-            results.add(rows, run(options.backend, kernels.entropy, (probs, buffer), [], smoothing=smoothing))
+        distributions = replace(options, input="probs", eps=None)
+        reduction = Reduction(kernels.entropy, target, distributions, smoothing=smoothing)
+        start = 0
+        for rows, probs in row_groups(target, None, distributions):
+            results.add(start, num_rows_in(rows), reduction(probs))
+            start += num_rows_in(rows)
         return _no_losses(target) if results.joined is None else results.joined[0]
 
 
@@ -105,17 +108,19 @@ def _score_hard(
     smoothing = options.smoothing(num_classes)
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
     temporaries = 1 if class_weight is not None and smoothing else 0
-    for rows, scores, buffer, _, _ in score_blocks(preds, None, options, scored, temporaries):
-        tensors = scores, of_rows(index, rows), buffer, None
-        results.add(
-            rows, run(options.backend, kernels.sum_hard, tensors, [class_weight], smooth=smoothing > 0, **constants)
+    reduction = Reduction(kernels.sum_hard, preds, options, temporaries=temporaries, smooth=smoothing > 0, **constants)
+    start = 0
+    for rows, (scores,) in row_groups(preds, None, options, scored):
+        sums = RowSums(*reduction([scores], class_weight))
+        weights = None if denominator is None else of_rows(denominator, rows)
+        loss = kernels.losses_of_hard(
+            scores, of_rows(index, rows), sums, weights, class_weight, smoothing=smoothing, **constants
         )
+        results.add(start, num_rows_in(rows), (loss, sums.improper))
+        start += num_rows_in(rows)
     if results.joined is None:
         return TargetLosses(_no_losses(index).new_zeros(index.shape), denominator, status)
-    sums = RowSums(*results.joined)
-    of_scored = denominator if denominator is None or scored is None else denominator[scored]
-    loss = kernels.losses_of_hard(sums, of_scored, class_weight, num_classes, smoothing=smoothing, **constants)
-    improper = sums.improper
+    loss, improper = results.joined
     if scored is not None:  # The others were not made.
         loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
         improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
@@ -127,19 +132,25 @@ def _score_soft(
 ) -> TargetLosses:
     """Score targets that are distributions."""
     results = RowResults(target.numel() // preds.shape[options.class_dim])
-    constants: dict[str, Any] = {
-        "input": options.input,
-        "eps": options.eps,
-        "smoothing": options.smoothing(preds.shape[options.class_dim]),
-        "excess": _SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
-    }
-    for rows, scores, buffer, probs, probs_buffer in score_blocks(preds, target, options):
-        tensors = scores, probs, buffer, probs_buffer
-        results.add(rows, run(options.backend, kernels.sum_soft, tensors, [class_weight], **constants))
+    reduction = Reduction(
+        kernels.sum_soft,
+        preds,
+        options,
+        num_tensors=2,
+        input=options.input,
+        eps=options.eps,
+        smoothing=options.smoothing(preds.shape[options.class_dim]),
+        excess=_SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
+    )
+    start = 0
+    for rows, group in row_groups(preds, target, options):
+        *sums, coefficients, out_of_range = reduction(group, class_weight)
+        loss = kernels.losses_of_soft(group[0], RowSums(*sums), coefficients)
+        results.add(start, num_rows_in(rows), (loss, out_of_range, sums[-1]))
+        start += num_rows_in(rows)
     if results.joined is None:
         return TargetLosses(_no_losses(target))
-    *sums, coefficients, out_of_range = results.joined
-    loss, improper = kernels.losses_of_soft(RowSums(*sums), coefficients), sums[-1]
+    loss, out_of_range, improper = results.joined
     losses = TargetLosses(loss)
     if not (_runtime.can_read_values(out_of_range) and not out_of_range.any()):
         losses = losses.marked(TARGET_OUT_OF_RANGE, out_of_range)

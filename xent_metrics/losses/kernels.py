@@ -1,14 +1,18 @@
 """The arithmetic of losses: from rows of scores to a few sums over the classes of each row, and to one loss each.
 
-A kernel reads the scores and returns what is left of each row: its largest logit, the sum of the exponentials, the
-target's own score. Eagerly it gets a few rows at a time, and a buffer that is used again for the next ones; compiled,
-or for a part of the classes on each rank, the same function gets all rows and no buffer. What is then done once for
-each target (difference, logarithm, smoothing, class weights) is done in float64, where there is one.
+A kernel reads the scores and returns what is left of each row. Eagerly it gets a few rows at a time, and a buffer that
+is used again for the next ones; compiled, the same function gets more rows and no buffer. What is then done once for
+each target (logarithm, difference, smoothing, class weights) is done in float64, where there is one.
 
 A sum over classes must not lose the many small terms of a long row, which a running float32 sum does, always in the
-same direction; see `sum_classes`. And a row has the same bits among any others. So a sum starts at an address that is a
-multiple of 16 bytes, for which rows are padded with zeros; rows are contiguous; and they are at least two, as threads
-would share the sum over a long row that is alone, and round it differently.
+same direction. A float64 sum of float32 costs as much as all the rest. So chunks of a row are summed in float32, and
+their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as one term of it may be
+so much larger than the others that it rounds them away.
+
+A row has the same bits among any others. So a sum starts at an address that is a multiple of 16 bytes, for which rows
+are padded with zeros; and rows are at least two, as threads would share the sum over a long row that is alone, and
+round it differently. And compiled code takes no logarithm of single rows: it has one for several of them at a time and
+another for what is left, which differ in the last bit.
 """
 
 from __future__ import annotations
@@ -24,28 +28,25 @@ from xent_metrics import _runtime
 from xent_metrics.losses.options import Input
 
 Results = tuple[Any, ...]
-"""What a kernel returns of rows: one number a row each, or None for what there is not."""
+"""What a kernel returns of rows: tensors with an entry for each row, or None for what there is not."""
 
-_CHUNK = 64  # As many terms are summed in the dtype of the scores, which costs no more than one sum over all.
-_FEWEST_CHUNKS = 2
+_CHUNK = 64  # As many terms are summed in float32, which costs no more than one sum over all.
+_FEWEST_CHUNKS = 2  # Shorter rows are summed in float64.
 
 
 class RowSums(NamedTuple):
     """What is left of rows of scores over classes.
 
     Attributes:
-        of_target: The score of the target. For soft targets, the sum over classes of coefficient times score, of logits
-            relative to the largest one.
-        top: The largest logit; None for other input.
-        exponentials: The sum of the exponentials of the logits relative to the largest one; None for other input.
-        of_all: The sum over classes of class weight times score, of logits relative to the largest one; None unless
-            labels are smoothed.
+        exponentials: Of logits; None for other input. Either the sum of the exponentials of a row's logits relative to
+            `top`; or with one more dimension, the sums of chunks of the row, relative to anything.
+        top: The largest logit, where it was needed.
+        of_all: The sum over classes of coefficient times logarithm, of logits relative to `top`; None if there is none.
         improper: Whether a probability is outside [0, 1]; None for other input.
     """
 
-    of_target: Tensor
-    top: Tensor | None
     exponentials: Tensor | None
+    top: Tensor | None
     of_all: Tensor | None
     improper: Tensor | None
 
@@ -55,139 +56,44 @@ def score_dtype(preds: Any) -> torch.dtype:
     return torch.float64 if preds.dtype == torch.float64 else torch.float32
 
 
+def num_chunks(num_classes: int, dtype: torch.dtype) -> int:
+    """Return in how many chunks rows of exponentials are summed; 0 for none."""
+    chunked = dtype != torch.float64 and num_classes >= _FEWEST_CHUNKS * _CHUNK
+    return padded_width(num_classes) // _CHUNK if chunked else 0
+
+
 def padded_width(num_classes: int) -> int:
     """Return the width of rows that hold so many classes, and zeros: whole chunks, four at a time; or 16 bytes."""
     step = 4 * _CHUNK if num_classes >= _FEWEST_CHUNKS * _CHUNK else 4
     return -(-num_classes // step) * step
 
 
-def sum_classes(x: Tensor) -> Tensor:
-    """Sum each padded row, in float64 where there is one, with an error that does not grow with its length.
-
-    A float64 sum of float32 costs as much as all the rest. So chunks of a row are summed in float32, and their sums in
-    float64. Of terms that are not negative, one may be so much larger than the others that its chunk rounds them away:
-    `sum_exponentials` looks after that.
-    """
-    return _sum_with_chunks(x)[0]
-
-
-def sum_exponentials(logits: Tensor, buffer: Tensor | None) -> Tensor:
-    """Sum the exponentials of each row, the largest chunk in float64 as a whole.
-
-    Args:
-        logits: None above 0; overwritten if there is a buffer.
-        buffer: What they lie in, padded with zeros; None to leave them as they are.
-    """
-    if buffer is None:  # A compiler would store exponentials that are used twice, and they are as many as the scores.
-        padded = _padded(logits, None, -math.inf)
-        exponentials = padded.exp()
-    else:
-        logits.exp_()
-        padded = exponentials = buffer
-    total, chunks = _sum_with_chunks(exponentials)
-    if chunks is None:
-        return total
-    greatest, where = chunks.max(1)
-    terms = padded.view(len(padded), -1, _CHUNK).gather(1, where.view(-1, 1, 1).expand(-1, 1, _CHUNK)).squeeze(1)
-    return total + ((terms.exp() if buffer is None else terms).sum(1, dtype=total.dtype) - greatest)
-
-
-def _sum_with_chunks(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the sum of each row, and those of its chunks, if it has any that are summed by themselves."""
-    dtype = _runtime.widest_float(x.device)
-    if x.dtype == dtype or x.shape[1] < _FEWEST_CHUNKS * _CHUNK:
-        return x.sum(1, dtype=dtype), None
-    chunks = x.view(len(x), -1, _CHUNK).sum(2)
-    return chunks.sum(1, dtype=dtype), chunks
-
-
-def _padded(x: Tensor, buffer: Tensor | None, value: float = 0.0) -> Tensor:
-    """Return rows, or one, that are padded: those of the buffer that they lie in, if there is one."""
-    width = padded_width(x.shape[-1])
-    if buffer is None and width > x.shape[-1]:
-        return F.pad(x, (0, width - x.shape[-1]), value=value)
-    return x if buffer is None else buffer
-
-
-def _part(buffer: Tensor | None, x: Tensor) -> Tensor | None:
-    """Return the part of a buffer that is not padding."""
-    return buffer if buffer is None or buffer.shape == x.shape else buffer[:, : x.shape[1]]
-
-
 def sum_hard(
     scores: Tensor,
-    index: Tensor,
     buffer: Tensor | None,
-    top: Tensor | None,
     class_weight: Tensor | None,
     *,
     input: Input,
     eps: float | None,
     smooth: bool,
-) -> RowSums:
-    """Return the sums of each row for a target that is a class.
+) -> Results:
+    """Return the `RowSums` of each row for a target that is a class.
 
     Args:
         scores: Two rows or more, one score a class.
-        index: The class of each row.
-        buffer: Of the shape of `scores`, but padded with zeros, to be written to; `scores` may lie in it. None to make
-            what is needed.
-        top: The largest logit of each row, if some of them are on other ranks.
+        buffer: For as many rows, padded with zeros, to be written to. None to make what is needed.
         class_weight: Of every class.
         input: What the scores are.
         eps: Where to clip probabilities.
         smooth: Whether the sum over all classes is wanted.
     """
-    of_target, improper = scores.gather(1, index.unsqueeze(1)).squeeze(1), None
-    if input == "probs":
-        improper = ((scores < 0) | (scores > 1)).any(1)  # Not amin: a NaN would hide the others.
-    if input != "logits" and not smooth:
-        return RowSums(of_target, None, None, None, improper)
-    scores, top = _logarithms(scores, buffer, top, input, eps)
+    exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
     of_all = None
     if smooth:
-        padded = _padded(scores, buffer)
-        weight = None if class_weight is None else _padded(class_weight.to(scores.dtype), None)
-        of_all = sum_classes(padded if weight is None else _weigh(padded, weight))
-    return RowSums(of_target, top, None if top is None else sum_exponentials(scores, buffer), of_all, improper)
-
-
-def losses_of_hard(
-    sums: RowSums,
-    denominator: Tensor | None,
-    class_weight: Tensor | None,
-    num_classes: int,
-    *,
-    input: Input,
-    eps: float | None,
-    smoothing: float,
-) -> Tensor:
-    """Return the loss of each row, in float64 where there is one.
-
-    Args:
-        sums: What `sum_hard` returned.
-        denominator: The class weight of each target; None for 1.
-        class_weight: Of every class.
-        num_classes: How many there are.
-        input: What the scores are.
-        eps: Where to clip probabilities.
-        smoothing: The share of a target that is spread over all classes.
-    """
-    of_target = sums.of_target.to(_runtime.widest_float(sums.of_target.device))
-    if input == "probs":
-        of_target = _clip_logarithms(of_target.log(), eps)
-    loss, of_all = -of_target, sums.of_all
-    if sums.exponentials is not None and sums.top is not None:
-        log_sum = sums.exponentials.log()
-        loss = log_sum - (of_target - sums.top)
-        if of_all is not None:
-            of_all = of_all - _times(log_sum, num_classes if class_weight is None else class_weight.sum())
-    if denominator is not None:
-        loss.mul_(denominator).masked_fill_(denominator == 0, 0.0)
-    if of_all is not None:
-        loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()  # Not 0 * inf.
-        loss.sub_(of_all, alpha=smoothing / num_classes)
-    return loss
+        logarithms, top = _logarithms(scores, buffer, top, input, eps)
+        weight = None if class_weight is None else _padded(class_weight.to(logarithms.dtype), None)
+        of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight))
+    return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None)
 
 
 def sum_soft(
@@ -202,49 +108,153 @@ def sum_soft(
     smoothing: float,
     excess: float,
 ) -> Results:
-    """Return the sums of each row for a target that is a distribution; its coefficients' sum; and whether it is none.
+    """Return the `RowSums` of each row for a target that is a distribution, the sum of its coefficients, and its sum.
 
     Args:
         scores: Two rows or more, one score a class.
         target: One probability a class.
-        buffer: Of the shape of `scores`, but padded with zeros, to be written to; `scores` may lie in it. None to make
-            what is needed.
+        buffer: For as many rows, padded with zeros, to be written to. None to make what is needed.
         target_buffer: The same for `target`.
         class_weight: Of every class.
         input: What the scores are.
         eps: Where to clip probabilities.
         smoothing: The share of a target that is spread over all classes.
         excess: How far the sum of a distribution may be from 1.
+
+    Returns:
+        `RowSums`, the sum of what logarithms were multiplied by, and whether the target is no distribution.
     """
-    improper = ((scores < 0) | (scores > 1)).any(1) if input == "probs" else None
-    coefficient = _copied(target, _part(target_buffer, target), score_dtype(scores))
-    total = sum_classes(_padded(coefficient, target_buffer))
+    exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
+    coefficient = _copied(target, target_buffer, score_dtype(scores))
+    total = _sum(_padded(coefficient, target_buffer))
     # A NaN compares false with everything, so a row that has one is not a distribution.
     distribution = (coefficient.amin(1) >= 0) & ((total - 1).abs() <= excess)
     if smoothing:
         coefficient.mul_(1 - smoothing).add_(smoothing / coefficient.shape[1])
     if class_weight is not None:
         coefficient.mul_(class_weight.to(coefficient.dtype))
+    padded = _padded(coefficient, target_buffer)
     if smoothing or class_weight is not None:
-        total = sum_classes(_padded(coefficient, target_buffer))
-    scores, top = _logarithms(scores, buffer, None, input, eps)
-    weighed = _weigh(_padded(scores, buffer), _padded(coefficient, target_buffer), out=target_buffer)
-    exponentials = None if top is None else sum_exponentials(scores, buffer)
-    return *RowSums(sum_classes(weighed), top, exponentials, None, improper), total, ~distribution
+        total = _sum(padded)
+    logarithms, top = _logarithms(scores, buffer, top, input, eps)
+    of_all = _sum(_weigh(logarithms, padded, out=target_buffer))
+    improper = _outside(scores) if input == "probs" else None
+    return *RowSums(exponentials, top, of_all, improper), total, ~distribution
 
 
-def losses_of_soft(sums: RowSums, coefficients: Tensor) -> Tensor:
-    """Return the loss of each row, in float64 where there is one, from what `sum_soft` returned."""
-    loss = -sums.of_target
-    return loss if sums.exponentials is None else loss + _times(sums.exponentials.log(), coefficients)
+def log_sums(scores: Tensor, sums: RowSums) -> Tensor:
+    """Return the logarithm of the sum of exponentials of each row, in float64 where there is one.
+
+    Args:
+        scores: The logits.
+        sums: What a kernel returned of them.
+    """
+    assert sums.exponentials is not None
+    dtype = _runtime.widest_float(scores.device)
+    if sums.exponentials.dim() == 1:
+        assert sums.top is not None
+        return sums.exponentials.log() + sums.top
+    greatest, where = sums.exponentials.max(1)
+    index = where.unsqueeze(1) * _CHUNK + torch.arange(_CHUNK, device=scores.device)
+    last = scores.shape[1] - 1
+    terms = scores.gather(1, index.clamp(max=last)).to(dtype).masked_fill_(index > last, -math.inf)
+    top = terms.amax(1)
+    exact = (terms - top.unsqueeze(1)).exp_().sum(1)
+    others = sums.exponentials.sum(1, dtype=dtype) - greatest
+    return (exact + others * (exact / greatest)).log() + top
+
+
+def losses_of_hard(
+    scores: Tensor,
+    index: Tensor,
+    sums: RowSums,
+    denominator: Tensor | None,
+    class_weight: Tensor | None,
+    *,
+    input: Input,
+    eps: float | None,
+    smoothing: float,
+) -> Tensor:
+    """Return the loss of each row, in float64 where there is one.
+
+    Args:
+        scores: One score a class.
+        index: The class of each row.
+        sums: What `sum_hard` returned.
+        denominator: The class weight of each target; None for 1.
+        class_weight: Of every class.
+        input: What the scores are.
+        eps: Where to clip probabilities.
+        smoothing: The share of a target that is spread over all classes.
+    """
+    of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1).to(_runtime.widest_float(scores.device))
+    of_all, log_sum = sums.of_all, None
+    if input == "probs":
+        of_target = clip_logarithms(of_target.log(), eps)
+    elif input == "logits":
+        log_sum = log_sums(scores, sums)
+        if of_all is not None and sums.top is not None:
+            of_all = of_all + sums.top * weight_of_all(class_weight, scores.shape[1])
+    return weighed_and_smoothed(of_target, log_sum, of_all, denominator, class_weight, scores.shape[1], smoothing)
+
+
+def weighed_and_smoothed(
+    of_target: Tensor,
+    log_sum: Tensor | None,
+    of_all: Tensor | None,
+    denominator: Tensor | None,
+    class_weight: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+) -> Tensor:
+    """Return losses, from the logit of each target, that of all classes, and their normaliser.
+
+    Args:
+        of_target: The logit, or the logarithm of the probability, of the target.
+        log_sum: The logarithm of the sum of exponentials; None for probabilities.
+        of_all: The sum over classes of class weight times what `of_target` is; None without smoothing.
+        denominator: The class weight of each target; None for 1.
+        class_weight: Of every class.
+        num_classes: How many there are.
+        smoothing: The share of a target that is spread over all classes.
+    """
+    loss = -of_target if log_sum is None else log_sum - of_target
+    if denominator is not None:
+        loss.mul_(denominator).masked_fill_(denominator == 0, 0.0)
+    if of_all is None:
+        return loss
+    if log_sum is not None:
+        of_all = of_all - log_sum * weight_of_all(class_weight, num_classes)
+    loss.mul_(1 - smoothing) if smoothing < 1 else loss.zero_()  # Not 0 * inf.
+    return loss.sub_(of_all, alpha=smoothing / num_classes)
+
+
+def losses_of_soft(scores: Tensor, sums: RowSums, coefficients: Tensor) -> Tensor:
+    """Return the loss of each row, in float64 where there is one.
+
+    Args:
+        scores: One score a class.
+        sums: What `sum_soft` returned.
+        coefficients: The sums of coefficients that it returned.
+    """
+    assert sums.of_all is not None
+    if sums.top is None:
+        return -sums.of_all
+    difference = log_sums(scores, sums) - sums.top
+    return difference.mul_(coefficients).masked_fill_(coefficients == 0, 0.0) - sums.of_all  # Not 0 * inf.
+
+
+def weight_of_all(class_weight: Tensor | None, num_classes: int) -> float | Tensor:
+    """Return the sum of the class weights."""
+    return num_classes if class_weight is None else class_weight.sum()
 
 
 def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -> Results:
     """Return the entropy of each row, a distribution."""
-    probs = _copied(target, _part(buffer, target), score_dtype(target))
+    probs = _copied(target, buffer, score_dtype(target))
     if smoothing:
         probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-    return (sum_classes(torch.special.entr(_padded(probs, buffer))),)
+    return (_sum(torch.special.entr(_padded(probs, buffer))),)
 
 
 def binary(
@@ -263,7 +273,7 @@ def binary(
         log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
     else:
         improper = (scores < 0) | (scores > 1)
-        log_p, log_q = _clip_logarithms(scores.log(), eps), _clip_logarithms(torch.log1p(-scores), eps)
+        log_p, log_q = clip_logarithms(scores.log(), eps), clip_logarithms(torch.log1p(-scores), eps)
     for log, coefficient in ((log_p, positive), (log_q, negative)):
         extremes = _runtime.least_and_greatest(log.mul_(coefficient))
         if extremes and extremes[0] > -math.inf:
@@ -272,10 +282,43 @@ def binary(
     return torch.neg(log_p + log_q), improper
 
 
-def _times(log_sum: Tensor, weight: float | Tensor) -> Tensor:
-    """Multiply; a weight of 0 gives 0, also of an infinity."""
-    product = log_sum * weight
-    return product.masked_fill_(weight == 0, 0.0) if isinstance(weight, Tensor) else product
+def clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
+    """Clip the logarithms of probabilities, in place: float32 has no `eps` of 1e-50, but its logarithm."""
+    return logarithms if eps is None else logarithms.clamp_(math.log(eps), math.log1p(-eps))
+
+
+def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return `RowSums.exponentials`, and the largest logit of each row where it was needed."""
+    dtype, chunks = score_dtype(logits), num_chunks(logits.shape[1], score_dtype(logits))
+    if chunks and buffer is not None:  # Eagerly the fastest by far, and one pass: the scale does not matter.
+        part = _part(buffer, logits)
+        torch.softmax(logits if logits.dtype == dtype else part.copy_(logits), 1, out=part)
+        return buffer.view(len(buffer), chunks, _CHUNK).sum(2), None
+    top = logits.amax(1)
+    relative = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=_part(buffer, logits))
+    if not chunks:
+        relative.exp_()
+        return _padded(relative, buffer).sum(1, dtype=_runtime.widest_float(logits.device)), top
+    return _padded(relative, None, -math.inf).exp().view(len(logits), chunks, _CHUNK).sum(2), top
+
+
+def _logarithms(
+    scores: Tensor, buffer: Tensor | None, top: Tensor | None, input: Input, eps: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return logarithms, padded with zeros: of logits relative to the largest of each row, and that."""
+    dtype = score_dtype(scores)
+    if input == "logits":
+        top = scores.amax(1) if top is None else top
+        relative = torch.sub(scores.to(dtype), top.to(dtype).unsqueeze(1), out=_part(buffer, scores))
+        return _padded(relative, buffer), top
+    scores = _copied(scores, buffer, dtype)
+    return _padded(scores if input == "log_probs" else clip_logarithms(scores.log_(), eps), buffer), None
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Sum each padded row, in chunks if it is long."""
+    dtype, chunks = _runtime.widest_float(x.device), num_chunks(x.shape[1], x.dtype)
+    return (x.view(len(x), chunks, _CHUNK).sum(2) if chunks else x).sum(1, dtype=dtype)
 
 
 def _weigh(logarithms: Tensor, coefficient: Tensor, out: Tensor | None = None) -> Tensor:
@@ -284,25 +327,25 @@ def _weigh(logarithms: Tensor, coefficient: Tensor, out: Tensor | None = None) -
     return torch.mul(logarithms, coefficient, out=out).masked_fill_(nothing, 0.0)
 
 
-def _logarithms(
-    scores: Tensor, buffer: Tensor | None, top: Tensor | None, input: Input, eps: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return logarithms, in the buffer if there is one: logits relative to the largest of a row, and that."""
-    dtype = score_dtype(scores)
-    if input == "logits":
-        top = scores.amax(1) if top is None else top
-        return torch.sub(scores.to(dtype), top.to(dtype).unsqueeze(1), out=_part(buffer, scores)), top
-    scores = _copied(scores, _part(buffer, scores), dtype)
-    return (scores if input == "log_probs" else _clip_logarithms(scores.log_(), eps)), None
+def _outside(probs: Tensor) -> Tensor:
+    """Return which rows have a probability outside [0, 1]."""
+    return ((probs < 0) | (probs > 1)).any(1)  # Not amin: a NaN would hide the others.
 
 
-def _clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
-    """Clip the logarithms of probabilities, in place: float32 has no `eps` of 1e-50, but its logarithm."""
-    return logarithms if eps is None else logarithms.clamp_(math.log(eps), math.log1p(-eps))
+def _padded(x: Tensor, buffer: Tensor | None, value: float = 0.0) -> Tensor:
+    """Return rows, or one, that are padded: those of the buffer that they lie in, if there is one."""
+    width = padded_width(x.shape[-1])
+    if buffer is None and width > x.shape[-1]:
+        return F.pad(x, (0, width - x.shape[-1]), value=value)
+    return x if buffer is None else buffer
+
+
+def _part(buffer: Tensor | None, x: Tensor) -> Any:
+    """Return the part of a buffer that is not padding; None if there is no buffer."""
+    return buffer if buffer is None or buffer.shape == x.shape else buffer[:, : x.shape[1]]
 
 
 def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return a copy, in a buffer if there is one, that may be written to."""
-    if buffer is None:
-        return values.to(dtype, copy=True)
-    return values if values.data_ptr() == buffer.data_ptr() else buffer.copy_(values)
+    part = _part(buffer, values)
+    return values.to(dtype, copy=True) if part is None else part.copy_(values)

@@ -1,20 +1,22 @@
-"""Blocks of contiguous rows: how the scores of a batch are fed to a kernel, a few rows at a time, in one reused buffer.
+"""Contiguous rows: how the scores of a batch are fed to a kernel, a few rows at a time, in buffers that are reused.
 
-The obvious `F.cross_entropy(preds.float())` makes up to four more tensors of the size of the logits. The buffer is a
-few MiB, whatever the shape, dtype or strides of `preds`. And a loss must not depend on how its batch lies in memory:
-`log_softmax` over contiguous rows gives a row the same bits in any batch, which other layouts do not.
+The obvious `F.cross_entropy(preds.float())` makes up to four more tensors of the size of the logits. The buffers are a
+few MiB, whatever the shape, dtype or strides of `preds`. And a loss must not depend on how its batch lies in memory: a
+kernel gives a contiguous row the same bits in any batch.
+
+A *group* of rows is what losses are finished for at once; a kernel reads it in *blocks* that fit a buffer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics.losses.compiled import fuses
-from xent_metrics.losses.kernels import Results, padded_width, score_dtype
+from xent_metrics.losses.compiled import fuses, run
+from xent_metrics.losses.kernels import Results, num_chunks, padded_width, score_dtype
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.target_losses import SCORED
@@ -35,40 +37,84 @@ _LINEAR_BYTES = 63 * 2**20
 _LINEAR_BUFFER_BYTES = {"cpu": 2**20}
 _FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
 
+# What is finished at once: sums of chunks, and some terms of each row, in float64, are a MiB each.
+_MOST_CHUNKS = 2**18
+_MOST_ROWS = 2048
+
 # Rows that are left out can be skipped if the others are gathered, which costs more than it saves while they are few.
 _MOST_SCORED = 0.75
 _FEW_SCORES = 2**17  # Less than these are made in the time that it takes to find out which.
 
 
-Block = tuple[Rows, Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""A few rows, as kernels take them: contiguous, and two at least, of which the second repeats one that is alone.
-
-It has the rows; their scores; a buffer of the shape of the scores, to be written to, or None where a compiler needs
-none; their soft targets, if there are any; and a buffer for those. It is a plain tuple: a named one fixes the number
-of rows in traced code.
-"""
+Group = tuple[Rows, list[Tensor]]
+"""Which rows, and their scores, and soft targets if there are any, as matrices: two rows at least, of which the second
+repeats one that is alone."""
 
 
 class RowResults:
-    """What a kernel returns of one block after the other, in whole tensors: many small ones would litter the memory."""
+    """Results of some rows after others, in whole tensors: many small ones would litter the memory."""
 
     def __init__(self, num_rows: int) -> None:
-        self._num_rows, self._next = num_rows, 0
-        self.joined: Results | None = None  # Until there is a block.
+        self._num_rows = num_rows
+        self.joined: Results | None = None  # Until there is something.
 
-    def add(self, rows: Rows, results: Results) -> None:
-        """Add what was returned of the next rows."""
-        count = num_rows_in(rows)
+    def add(self, start: int, count: int, results: Results) -> None:
+        """Add what was returned of so many rows, from one on."""
         results = tuple(None if x is None else _first(x, count) for x in results)
         if count == self._num_rows:
             self.joined = results
             return
         if self.joined is None:
-            self.joined = tuple(None if x is None else x.new_empty(self._num_rows) for x in results)
+            self.joined = tuple(None if x is None else x.new_empty(self._num_rows, *x.shape[1:]) for x in results)
         for whole, x in zip(self.joined, results, strict=True):
             if x is not None:
-                whole[self._next : self._next + count] = x
-        self._next += count
+                whole[start : start + count] = x
+
+
+class Reduction:
+    """Calls a kernel with a few rows at a time, in buffers that are reused; or with all, where a compiler needs none.
+
+    Args:
+        kernel: One of `kernels`.
+        preds: The scores.
+        options: How losses are made.
+        num_tensors: How many tensors the kernel gets, with a buffer for each.
+        temporaries: How many tensors of a buffer's size it makes, for which there must be room too.
+        **constants: Its other arguments.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable[..., Results],
+        preds: Tensor | LinearLogits,
+        options: LossOptions,
+        num_tensors: int = 1,
+        temporaries: int = 0,
+        **constants: Hashable,
+    ) -> None:
+        self._kernel, self._backend, self._constants = kernel, options.backend, constants
+        num_classes = preds.shape[options.class_dim]
+        self._buffers: list[Tensor | None] = [None] * num_tensors
+        if not fuses(options.backend):
+            self._max_rows = _rows_in_buffer(preds, options, num_tensors + temporaries)
+            some = max(2, min(self._max_rows, rows_in_group(preds, options), preds.numel() // max(1, num_classes)))
+            for i in range(num_tensors):
+                self._buffers[i] = _padded_rows(some, num_classes, score_dtype(preds), preds.device)
+
+    def __call__(self, tensors: list[Tensor], *others: Tensor | None) -> Results:
+        """Return what the kernel returns of two rows or more."""
+        count = len(tensors[0])
+        if self._buffers[0] is None:
+            return run(self._backend, self._kernel, [*tensors, *self._buffers], others, **self._constants)
+        max_rows, results = len(self._buffers[0]), RowResults(count)
+        for start in range(0, count, max_rows):
+            first = min(start, count - 2)  # Of two rows at least.
+            block = [x[first : first + max_rows] if count > max_rows else x for x in tensors]
+            size = len(block[0])
+            buffers = [None if x is None else _first(x, size) for x in self._buffers]
+            results.add(first, size, self._kernel(*block, *buffers, *others, **self._constants))
+        assert results.joined is not None
+        return results.joined
 
 
 def rows_to_score(preds: Tensor | LinearLogits, index: Tensor, status: Tensor | None) -> Tensor | None:
@@ -86,56 +132,70 @@ def rows_to_score(preds: Tensor | LinearLogits, index: Tensor, status: Tensor | 
 
 
 def of_rows(values: Tensor, rows: Rows) -> Tensor:
-    """Return the values of the rows of a block, of which there are two at least."""
+    """Return the values of the rows of a group, of which there are two at least."""
     some = values if values.shape[0] == num_rows_in(rows) else values[rows]
     return some.repeat(2) if some.shape[0] == 1 else some
 
 
-def score_blocks(
-    preds: Tensor | LinearLogits,
-    target: Tensor | None,
-    options: LossOptions,
-    scored: Tensor | None = None,
-    temporaries: int = 0,
-) -> Iterator[Block]:
-    """Yield all rows, or those that are `scored`, a few at a time; or at once, where a compiler needs no buffers.
+def row_groups(
+    preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
+) -> Iterator[Group]:
+    """Yield all rows, or those that are `scored`, and their soft targets: where they are if they can be read there.
 
     Args:
         preds: The scores.
         target: Soft targets, whose rows come along; None for none.
         options: How losses are made.
         scored: The rows to score; None for all.
-        temporaries: How many tensors of the buffer's size the kernel makes, for which there must be room too.
     """
-    num_classes, dtype = preds.shape[options.class_dim], score_dtype(preds)
-    last, linear = options.class_dim in (-1, preds.dim() - 1), isinstance(preds, LinearLogits)
+    last = options.class_dim in (-1, preds.dim() - 1)
     tensors = [x if last else x.movedim(options.class_dim, -1) for x in (preds, target) if isinstance(x, Tensor)]
-    num_rows, num_buffers = preds.numel() // num_classes, 1 if target is None else 2
-    fused = fuses(options.backend)
-    if fused and (linear or (scored is None and _all_at_once(tensors))):
-        max_rows = max(1, num_rows)
-    else:
-        max_rows = rows_in_buffer(preds, (num_buffers + temporaries) * num_classes * dtype.itemsize)
-    readable = fused or (options.input == "logits" and preds.dtype == dtype)
-    buffers: list[Tensor | None] = [None, None]
-    if not fused:
-        some = max(2, min(max_rows, num_rows))
-        buffers = [padded_rows(some, num_classes, dtype, preds.device) if i < num_buffers else None for i in (0, 1)]
+    max_rows = rows_in_group(preds, options)
+    copies = None
     if isinstance(preds, LinearLogits):
         blocks = _linear_blocks(preds, tensors, max_rows, scored)
-    elif scored is None:
+    elif scored is None and all(x.is_contiguous() for x in tensors):
         blocks = row_blocks(tensors, max_rows)
     else:
-        blocks = _chosen_blocks(tensors[0], max_rows, scored, buffers[0])
+        max_rows = min(max_rows, _rows_in_copy(preds, options, len(tensors)))
+        num_rows = max(2, min(max_rows, preds.numel() // tensors[0].shape[-1]))
+        copies = [x.new_empty(num_rows, x.shape[-1]) for x in tensors]
+        blocks = row_blocks(tensors, max_rows) if scored is None else _chosen_blocks(tensors[0], scored, copies[0])
     for rows, parts in blocks:
-        count = max(2, num_rows_in(rows))
-        buffer, target_buffer = (None if x is None else _first(x, count) for x in buffers)
-        scores = _as_rows(parts[0], buffer, readable)
-        soft = None if target is None else _as_rows(parts[1], target_buffer, fused)
-        yield rows, scores, buffer, soft, target_buffer
+        yield rows, [_as_rows(x, None if copies is None else copies[i]) for i, x in enumerate(parts)]
 
 
-def padded_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rows_in_group(preds: Tensor | LinearLogits, options: LossOptions) -> int:
+    """Return how many rows at most are finished at once."""
+    num_rows, chunks = preds.numel(), num_chunks(preds.shape[options.class_dim], score_dtype(preds))
+    if chunks and not _runtime.is_traced():
+        num_rows = max(2, min(_MOST_CHUNKS // chunks, _MOST_ROWS))
+    elif not fuses(options.backend):
+        num_rows = _rows_in_buffer(preds, options, 1)
+    return max(2, num_rows)
+
+
+def _rows_in_buffer(preds: Tensor | LinearLogits, options: LossOptions, num_buffers: int) -> int:
+    """Return how many rows a kernel is given at a time; with `_rows_in_copy` the only place that knows devices."""
+    num_classes, dtype = preds.shape[options.class_dim], score_dtype(preds)
+    num_bytes = num_buffers * padded_width(num_classes) * dtype.itemsize
+    if not num_chunks(num_classes, dtype):
+        num_bytes *= 2  # A float64 sum makes a copy.
+    sizes = _LINEAR_BUFFER_BYTES if isinstance(preds, LinearLogits) else _BUFFER_BYTES
+    num_rows = max(2, sizes.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // max(1, num_bytes))
+    readable = isinstance(preds, Tensor) and _runtime.can_read_values(preds)
+    return max(num_rows, torch.get_num_threads()) if readable else num_rows
+
+
+def _rows_in_copy(preds: Tensor, options: LossOptions, num_copies: int) -> int:
+    """Return how many rows are copied at a time, where they cannot be read where they are."""
+    if _runtime.is_traced():
+        return preds.numel()
+    num_bytes = num_copies * preds.shape[options.class_dim] * score_dtype(preds).itemsize
+    return max(2, _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // 2 // max(1, num_bytes))
+
+
+def _padded_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a buffer for rows, padded with zeros as the sums of kernels need them."""
     width = padded_width(num_classes)
     buffer = torch.empty(num_rows, width, dtype=dtype, device=device)
@@ -144,46 +204,28 @@ def padded_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: tor
     return buffer
 
 
-def rows_in_buffer(preds: Tensor | LinearLogits, num_bytes: int) -> int:
-    """Return how many rows of so many bytes a kernel is given at a time: the only place that knows devices."""
-    if isinstance(preds, LinearLogits):
-        return max(2, _LINEAR_BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
-    num_rows = max(2, _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // num_bytes)
-    return max(num_rows, torch.get_num_threads()) if _runtime.can_read_values(preds) else num_rows
-
-
-def _all_at_once(tensors: list[Tensor]) -> bool:
-    """Return whether a compiler can read the rows where they are."""
-    return _runtime.is_traced() or all(x.is_contiguous() for x in tensors)
-
-
-def _as_rows(part: Tensor, buffer: Tensor | None, readable: bool) -> Tensor:
-    """Return a block as rows: where they are, if they are `readable` there, or in the buffer."""
+def _as_rows(part: Tensor, copy: Tensor | None) -> Tensor:
+    """Return a part as a matrix: where it is, if it is contiguous, or in a copy."""
     num_classes = part.shape[-1]
     if part.numel() == num_classes:
-        part, readable = part.reshape(1, num_classes).expand(2, num_classes), False
-    if buffer is None:
+        part = part.reshape(1, num_classes).expand(2, num_classes)
+        return part.contiguous()
+    if copy is None or part.is_contiguous():
         return part.contiguous().view(-1, num_classes)
-    if readable and (part.is_contiguous() or (part.dim() == 2 and part.stride(1) == 1)):
-        return part.view(-1, num_classes)
-    rows = buffer[:, :num_classes]
+    rows = copy[: part.numel() // num_classes]
     rows.view(part.shape).copy_(part)
     return rows
 
 
-def _chosen_blocks(
-    scores: Tensor, max_rows: int, chosen: Tensor, buffer: Tensor | None
-) -> Iterator[tuple[Rows, list[Tensor]]]:
-    """Gather some of the rows, in the buffer if they fit."""
+def _chosen_blocks(scores: Tensor, chosen: Tensor, copy: Tensor) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Gather some of the rows, in the copy if they fit."""
     if not scores.is_contiguous():
-        for rows in chosen.split(max(1, max_rows // 4)) if len(chosen) else ():  # They come on top of the buffer.
+        for rows in chosen.split(max(1, len(copy) // 4)) if len(chosen) else ():  # They come on top of the copy.
             yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
         return
     flat = scores.view(-1, scores.shape[-1])
-    if buffer is None or buffer.dtype != scores.dtype:
-        buffer = flat.new_empty(min(max_rows, len(chosen)), flat.shape[1])
-    for rows in chosen.split(max_rows) if len(chosen) else ():
-        yield rows, [torch.index_select(flat, 0, rows, out=_first(buffer, len(rows))[:, : flat.shape[1]])]
+    for rows in chosen.split(len(copy)) if len(chosen) else ():
+        yield rows, [torch.index_select(flat, 0, rows, out=_first(copy, len(rows)))]
 
 
 def _linear_blocks(

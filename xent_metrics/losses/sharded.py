@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from torch import Tensor
 from xent_metrics import _runtime
 from xent_metrics.distributed import VocabShard, max_over_ranks, sum_over_ranks
 from xent_metrics.losses import kernels
-from xent_metrics.losses.compiled import fuses, run
-from xent_metrics.losses.kernels import RowSums, score_dtype
+from xent_metrics.losses.kernels import RowSums
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.rows import num_rows_in, padded_rows, row_blocks, rows_in_buffer
+from xent_metrics.losses.rows import Reduction, num_rows_in, of_rows, row_groups
 from xent_metrics.losses.target_losses import TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, lookup_index
 
@@ -24,7 +23,8 @@ def score_shard(
 ) -> TargetLosses:
     """Score class indices with logits of which each rank has some classes, in two small collectives.
 
-    What ranks exchange is the largest logit of each row, and then the sums of exponentials and the target's logit.
+    What ranks exchange is the normaliser of their own classes for each row, first the largest one, and then the sums of
+    their exponentials, with the target's logit.
     """
     if options.input != "logits" or target.is_floating_point():
         raise ValueError(
@@ -36,43 +36,56 @@ def score_shard(
     index, status = lookup_index(as_index(target).reshape(-1), num_classes, options)
     smoothing = options.smoothing(num_classes)
 
+    of_target, log_sum, of_all = _own_sums(shard, logits, index, options, class_weight, smoothing)
+    greatest, mismatch = _max_and_mismatch(log_sum, shard, num_classes)
+    status = mark(status, TARGET_OUT_OF_RANGE, mismatch.expand(index.shape))
+    of_target, exponentials, of_all = sum_over_ranks(
+        torch.stack([of_target, (log_sum - greatest).exp(), of_all]), shard.group
+    )
+    denominator = None if class_weight is None else class_weight[index]
+    loss = kernels.weighed_and_smoothed(
+        of_target,
+        exponentials.log() + greatest,
+        of_all if smoothing else None,
+        denominator,
+        class_weight,
+        num_classes,
+        smoothing,
+    )
+    return TargetLosses(loss, denominator, status).as_sequences(target.shape)
+
+
+def _own_sums(
+    shard: VocabShard,
+    logits: Tensor,
+    index: Tensor,
+    options: LossOptions,
+    class_weight: Tensor | None,
+    smoothing: float,
+) -> Tensor:
+    """Return of each row what this rank's classes add: the target's logit, the normaliser, and the sum of all."""
     rows = logits.movedim(options.class_dim, -1)
     width = rows.shape[-1]
-    dtype = score_dtype(logits)
-    max_rows = rows_in_buffer(logits, dtype.itemsize * max(1, width))
-    top = torch.full(index.shape, -math.inf, dtype=dtype, device=index.device)
-    blocks = list(row_blocks([rows], max_rows)) if width else []  # A rank may have no classes at all.
-    for block, (part,) in blocks:
-        top[block] = part.reshape(-1, width).amax(1).to(dtype)
-    top, mismatch = _max_and_mismatch(top, shard, num_classes)
-    status = mark(status, TARGET_OUT_OF_RANGE, mismatch.expand(index.shape))
-
+    sums = torch.zeros(3, len(index), dtype=_runtime.widest_float(index.device), device=index.device)
+    sums[1].fill_(-math.inf)
+    if not width:  # A rank may have no classes at all.
+        return sums
     local = index - shard.offset
     here = (local >= 0) & (local < width)
     local = local.masked_fill(~here, 0)
-    own_weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
-    # Of each row: the target's logit and the sum of all, relative to the largest, and the sum of exponentials.
-    wide = _runtime.widest_float(index.device)
-    shares = torch.zeros(3, len(index), dtype=wide, device=index.device)
-    constants: dict[str, Any] = {"input": "logits", "eps": None}
-    most = max((num_rows_in(block) for block, _ in blocks), default=0)
-    buffer = None if fuses(options.backend) else padded_rows(most, width, dtype, index.device)
-    for block, (part,) in blocks:
-        rows = num_rows_in(block)
-        tensors = part.reshape(-1, width), local[block], None if buffer is None else buffer[:rows], top[block]
-        sums = RowSums(
-            *run(options.backend, kernels.sum_hard, tensors, [own_weight], smooth=smoothing > 0, **constants)
-        )
-        of_target = sums.of_target.to(wide) - top[block]
-        for share, x in zip(shares, (of_target, sums.exponentials, sums.of_all), strict=True):
-            if x is not None:
-                share[block] = x
-    shares[0].masked_fill_(~here, 0.0)
-    of_target, exponentials, of_all = sum_over_ranks(shares, shard.group)
-    sums = RowSums(of_target, torch.zeros_like(top), exponentials, of_all if smoothing else None, None)
-    denominator = None if class_weight is None else class_weight[index]
-    loss = kernels.losses_of_hard(sums, denominator, class_weight, num_classes, smoothing=smoothing, **constants)
-    return TargetLosses(loss, denominator, status).as_sequences(target.shape)
+    weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
+    last = replace(options, class_dim=-1)
+    reduction = Reduction(kernels.sum_hard, rows, last, input="logits", eps=None, smooth=smoothing > 0)
+    for block, (scores,) in row_groups(rows, None, last):
+        own = RowSums(*reduction([scores], weight))
+        of_target = scores.gather(1, of_rows(local, block).unsqueeze(1)).squeeze(1)
+        parts = [of_target, kernels.log_sums(scores, own)]
+        if own.of_all is not None and own.top is not None:
+            parts.append(own.of_all + own.top * kernels.weight_of_all(weight, width))
+        for total, x in zip(sums, parts, strict=False):
+            total[block] = x[: num_rows_in(block)]
+    sums[0].masked_fill_(~here, 0.0)
+    return sums
 
 
 def _max_and_mismatch(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[Tensor, Tensor]:
