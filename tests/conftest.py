@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from xent_metrics import _runtime, readings
 from xent_metrics.losses.target_losses import NUM_STATUSES
-from xent_metrics.tally import accumulate, limbs
+from xent_metrics.tally import accumulate, limbs, tally
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _one_thread_and_one_seed() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _constants_are_where_they_are_needed() -> None:
     """Copy the constants of a tally to the devices of the tests, which happens once and is no part of an update."""
-    floats = [limbs._SCALES, readings._IF_NOT_COUNTED, *readings._IF_COUNTED.values()]
+    floats = [limbs._SCALES, tally.UNITS, tally.GROUP_UNITS, readings._IF_NOT_COUNTED, *readings._IF_COUNTED.values()]
     integers = [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS, accumulate._SHIFTS]
     integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG]
     for device in ("cpu", "meta"):

@@ -59,7 +59,7 @@ def least_and_greatest(x: Tensor) -> tuple[float, float] | None:
     return low.item(), high.item()
 
 
-Constant = int | list[float] | list[int] | list[list[int]]
+Constant = int | list[float] | list[int] | list[list[int]] | list[list[float]]
 _constants: dict[tuple[Any, torch.device, torch.dtype], Tensor] = {}
 
 

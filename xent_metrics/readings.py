@@ -353,8 +353,8 @@ class DeviceReading(Reading[Tensor, Tensor]):
             assert isinstance(self.tally, Tally)
             mean, sums = self._mean, self.sums
             count, wide = self.tally.sequence_counts()
-            inner = (mean * sums["weight_weight"]).sub(sums["loss_weight"], alpha=2)
-            squares = torch.addcmul(sums["loss_loss"], mean, inner).clip(min=0)
+            inner = torch.addcmul(sums["loss_weight"], mean, sums["weight_weight"], value=-0.5)
+            squares = torch.addcmul(sums["loss_loss"], mean, inner, value=-2).clip(min=0)
             stderr = (squares * count / (count - 1)).sqrt() / sums["weight"]
             too_coarse = sums["weight_weight"] < count * 2.0 ** (2 * _MIN_SEQUENCE_BITS - 2 * SEQUENCE_BITS)
             # A wide sequence outweighs all others, in one comparison.

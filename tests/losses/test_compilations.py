@@ -162,7 +162,7 @@ class Graphs:
         """Count, and run."""
         calls = Counter(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
         self.sizes.append(calls.total())
-        self.passes += sum(count for name, count in calls.items() if "amax" in name)
+        self.passes += sum(count for name, count in calls.items() if "method sub of" in name)
         return graph.forward
 
 
@@ -206,13 +206,13 @@ def test_eager_is_a_part_in_blocks() -> None:
 def test_no_tensor_of_the_size_of_the_logits(
     options: dict[str, Any], peak_bytes: Callable[[Callable[[], object]], int]
 ) -> None:
-    """An update holds numbers of rows, and of each 64 classes one, and writes to nothing that it was given."""
+    """An update holds numbers of rows, and what is finished at once, and writes to nothing that it was given."""
     num_rows, num_classes = 2048, 8000
     scores, target = torch.randn(num_rows, num_classes), torch.randint(0, num_classes, (num_rows,))
     if options:
         scores = scores.softmax(1)
     metric, kept = CrossEntropy(**options, backend="compile"), scores.clone()
-    assert peak_bytes(lambda: metric.update(scores, target)) < 160 * num_rows + 4 * scores.numel() / 64
+    assert peak_bytes(lambda: metric.update(scores, target)) < 160 * num_rows + 3 * 2**19
     assert torch.equal(scores, kept)
     shifted = CrossEntropy(**options, backend="compile", shift=True)
     parts = scores.view(2, -1, num_classes), target.view(2, -1)

@@ -40,25 +40,25 @@ def operators_of(call: Callable[[], object], operators: Operators) -> int:
 
 
 def test_update_of_a_small_batch(operators: Operators) -> None:
-    """The losses are two operators, and a few targets are tallied as Python integers."""
+    """The losses are some ten operators, and a few targets are tallied as Python integers."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report.update(*BATCH), operators) <= 8
-    assert operators_of(lambda: report.update(*BATCH, weight=torch.ones(2, 8)), operators) <= 14
-    assert operators_of(lambda: report.update(*PADDED), operators) <= 20
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 16
+    assert operators_of(lambda: report.update(*BATCH, weight=torch.ones(2, 8)), operators) <= 22
+    assert operators_of(lambda: report.update(*PADDED), operators) <= 28
 
 
 def test_forward_of_a_small_batch(operators: Operators) -> None:
     """The value of a batch costs no more operators than making tensors of its readings."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report(*BATCH), operators) <= 10
+    assert operators_of(lambda: report(*BATCH), operators) <= 18
 
 
 @pytest.mark.usefixtures("hidden_values")
 def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     """On an accelerator, where each operator is a kernel to start, there are some more."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report.update(*BATCH), operators) <= 54
-    assert operators_of(lambda: report(*BATCH), operators) <= 91
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 60
+    assert operators_of(lambda: report(*BATCH), operators) <= 95
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     [
         (CrossEntropyReport(input="losses"), (torch.rand(64, 1024), torch.zeros(64, 1024, dtype=torch.int64)), 45),
         (BinaryCrossEntropy(), (torch.randn(64, 32), torch.zeros(64, 32)), 59),
-        (CrossEntropy(), (torch.randn(512, 4000), torch.zeros(512, dtype=torch.int64)), 52),
-        (GroupedCrossEntropy(3), (*BATCH, torch.zeros(2, 8, dtype=torch.int64)), 49),
+        (CrossEntropy(), (torch.randn(512, 4000), torch.zeros(512, dtype=torch.int64)), 77),
+        (GroupedCrossEntropy(3), (*BATCH, torch.zeros(2, 8, dtype=torch.int64)), 57),
     ],
     ids=["losses", "binary", "two blocks of rows", "groups"],
 )

@@ -24,6 +24,7 @@ from xent_metrics.tally.limbs import (
     to_float,
     to_int,
     to_limbs,
+    units_of,
 )
 
 BELOW_LIMIT = {torch.float32: LIMIT - 2.0**70, torch.float64: math.nextafter(LIMIT, 0.0)}
@@ -154,7 +155,7 @@ def test_to_float(values: list[float]) -> None:
 
     for dtype, relative in ((torch.float64, 2.0**-50), (torch.float32, 2.0**-21)):
         for form in (normalise(limbs), limbs) if abs(expected) < torch.finfo(dtype).max / 2 else ():
-            actual = to_float(form, dtype)
+            actual = to_float(form[None], dtype, units_of([2.0**-64]))[0]
             assert actual.dtype == dtype
             assert abs(Fraction(actual.item()) - expected) <= abs(expected) * Fraction(relative)
 

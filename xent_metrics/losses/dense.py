@@ -20,7 +20,7 @@ from xent_metrics.losses import kernels
 from xent_metrics.losses.kernels import RowSums
 from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.rows import Reduction, RowResults, num_rows_in, of_rows, row_groups, rows_to_score
+from xent_metrics.losses.rows import Reduction, RowReader, RowResults, num_rows_in, of_rows, rows_to_score
 from xent_metrics.losses.sharded import score_shard
 from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, ignored_status, lookup_index
@@ -76,9 +76,10 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             return torch.full((target.numel(),), nats, dtype=_runtime.widest_float(preds.device), device=preds.device)
         results = RowResults(target.numel() // num_classes)
         distributions = replace(options, input="probs", eps=None)
-        reduction = Reduction(kernels.entropy, target, distributions, smoothing=smoothing)
+        reader = RowReader(target, None, distributions)
+        reduction = Reduction(kernels.entropy, reader, smoothing=smoothing)
         start = 0
-        for rows, probs in row_groups(target, None, distributions):
+        for rows, probs in reader.groups():
             results.add(start, num_rows_in(rows), reduction(probs))
             start += num_rows_in(rows)
         return _no_losses(target) if results.joined is None else results.joined[0]
@@ -108,9 +109,10 @@ def _score_hard(
     smoothing = options.smoothing(num_classes)
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
     temporaries = 1 if class_weight is not None and smoothing else 0
-    reduction = Reduction(kernels.sum_hard, preds, options, temporaries=temporaries, smooth=smoothing > 0, **constants)
+    reader = RowReader(preds, None, options, scored)
+    reduction = Reduction(kernels.sum_hard, reader, temporaries=temporaries, smooth=smoothing > 0, **constants)
     start = 0
-    for rows, (scores,) in row_groups(preds, None, options, scored):
+    for rows, (scores,) in reader.groups():
         sums = RowSums(*reduction([scores], class_weight))
         weights = None if denominator is None else of_rows(denominator, rows)
         loss = kernels.losses_of_hard(
@@ -132,10 +134,10 @@ def _score_soft(
 ) -> TargetLosses:
     """Score targets that are distributions."""
     results = RowResults(target.numel() // preds.shape[options.class_dim])
+    reader = RowReader(preds, target, options)
     reduction = Reduction(
         kernels.sum_soft,
-        preds,
-        options,
+        reader,
         num_tensors=2,
         input=options.input,
         eps=options.eps,
@@ -143,7 +145,7 @@ def _score_soft(
         excess=_SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
     )
     start = 0
-    for rows, group in row_groups(preds, target, options):
+    for rows, group in reader.groups():
         *sums, coefficients, out_of_range = reduction(group, class_weight)
         loss = kernels.losses_of_soft(group[0], RowSums(*sums), coefficients)
         results.add(start, num_rows_in(rows), (loss, out_of_range, sums[-1]))

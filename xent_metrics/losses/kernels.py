@@ -9,10 +9,10 @@ same direction. A float64 sum of float32 costs as much as all the rest. So chunk
 their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as one term of it may be
 so much larger than the others that it rounds them away.
 
-A row has the same bits among any others. So a sum starts at an address that is a multiple of 16 bytes, for which rows
-are padded with zeros; and rows are at least two, as threads would share the sum over a long row that is alone, and
-round it differently. And compiled code takes no logarithm of single rows: it has one for several of them at a time and
-another for what is left, which differ in the last bit.
+A row has the same bits among any others. So a sum starts at an address that is a multiple of 16 bytes: accelerators sum
+in an order that depends on it. And rows are at least two, as threads would share the sum over a long row that is alone,
+and round it differently. And compiled code takes no logarithm of single rows: it has one for several of them at a time
+and another for what is left, which differ in the last bit.
 """
 
 from __future__ import annotations
@@ -57,15 +57,14 @@ def score_dtype(preds: Any) -> torch.dtype:
 
 
 def num_chunks(num_classes: int, dtype: torch.dtype) -> int:
-    """Return in how many chunks rows of exponentials are summed; 0 for none."""
+    """Return in how many chunks rows are summed, some of them empty; 0 for none."""
     chunked = dtype != torch.float64 and num_classes >= _FEWEST_CHUNKS * _CHUNK
-    return padded_width(num_classes) // _CHUNK if chunked else 0
+    return aligned(-(-num_classes // _CHUNK)) if chunked else 0
 
 
-def padded_width(num_classes: int) -> int:
-    """Return the width of rows that hold so many classes, and zeros: whole chunks, four at a time; or 16 bytes."""
-    step = 4 * _CHUNK if num_classes >= _FEWEST_CHUNKS * _CHUNK else 4
-    return -(-num_classes // step) * step
+def aligned(num_classes: int) -> int:
+    """Return how many numbers at least a row must have, so that the next one starts at a multiple of 16 bytes."""
+    return -(-num_classes // 4) * 4
 
 
 def sum_hard(
@@ -81,7 +80,7 @@ def sum_hard(
 
     Args:
         scores: Two rows or more, one score a class.
-        buffer: For as many rows, padded with zeros, to be written to. None to make what is needed.
+        buffer: Of the shape of `scores`, to be written to. None to make what is needed.
         class_weight: Of every class.
         input: What the scores are.
         eps: Where to clip probabilities.
@@ -91,7 +90,7 @@ def sum_hard(
     of_all = None
     if smooth:
         logarithms, top = _logarithms(scores, buffer, top, input, eps)
-        weight = None if class_weight is None else _padded(class_weight.to(logarithms.dtype), None)
+        weight = None if class_weight is None else class_weight.to(logarithms.dtype)
         of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight))
     return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None)
 
@@ -113,7 +112,7 @@ def sum_soft(
     Args:
         scores: Two rows or more, one score a class.
         target: One probability a class.
-        buffer: For as many rows, padded with zeros, to be written to. None to make what is needed.
+        buffer: Of the shape of `scores`, to be written to. None to make what is needed.
         target_buffer: The same for `target`.
         class_weight: Of every class.
         input: What the scores are.
@@ -126,18 +125,17 @@ def sum_soft(
     """
     exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
     coefficient = _copied(target, target_buffer, score_dtype(scores))
-    total = _sum(_padded(coefficient, target_buffer))
+    total = _sum(coefficient)
     # A NaN compares false with everything, so a row that has one is not a distribution.
     distribution = (coefficient.amin(1) >= 0) & ((total - 1).abs() <= excess)
     if smoothing:
         coefficient.mul_(1 - smoothing).add_(smoothing / coefficient.shape[1])
     if class_weight is not None:
         coefficient.mul_(class_weight.to(coefficient.dtype))
-    padded = _padded(coefficient, target_buffer)
     if smoothing or class_weight is not None:
-        total = _sum(padded)
+        total = _sum(coefficient)
     logarithms, top = _logarithms(scores, buffer, top, input, eps)
-    of_all = _sum(_weigh(logarithms, padded, out=target_buffer))
+    of_all = _sum(_weigh(logarithms, coefficient, out=target_buffer))
     improper = _outside(scores) if input == "probs" else None
     return *RowSums(exponentials, top, of_all, improper), total, ~distribution
 
@@ -187,14 +185,15 @@ def losses_of_hard(
         eps: Where to clip probabilities.
         smoothing: The share of a target that is spread over all classes.
     """
-    of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1).to(_runtime.widest_float(scores.device))
+    of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1)
     of_all, log_sum = sums.of_all, None
-    if input == "probs":
-        of_target = clip_logarithms(of_target.log(), eps)
-    elif input == "logits":
+    if input != "logits":
+        of_target = of_target.to(_runtime.widest_float(scores.device))
+        of_target = clip_logarithms(of_target.log(), eps) if input == "probs" else of_target
+    else:
         log_sum = log_sums(scores, sums)
         if of_all is not None and sums.top is not None:
-            of_all = of_all + sums.top * weight_of_all(class_weight, scores.shape[1])
+            of_all = of_all + sums.top.to(of_all.dtype) * weight_of_all(class_weight, scores.shape[1])
     return weighed_and_smoothed(of_target, log_sum, of_all, denominator, class_weight, scores.shape[1], smoothing)
 
 
@@ -254,7 +253,7 @@ def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -
     probs = _copied(target, buffer, score_dtype(target))
     if smoothing:
         probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-    return (_sum(torch.special.entr(_padded(probs, buffer))),)
+    return (_sum(torch.special.entr(probs)),)
 
 
 def binary(
@@ -289,36 +288,47 @@ def clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
 
 def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return `RowSums.exponentials`, and the largest logit of each row where it was needed."""
-    dtype, chunks = score_dtype(logits), num_chunks(logits.shape[1], score_dtype(logits))
-    if chunks and buffer is not None:  # Eagerly the fastest by far, and one pass: the scale does not matter.
-        part = _part(buffer, logits)
-        torch.softmax(logits if logits.dtype == dtype else part.copy_(logits), 1, out=part)
-        return buffer.view(len(buffer), chunks, _CHUNK).sum(2), None
+    dtype = score_dtype(logits)
+    chunked = num_chunks(logits.shape[1], dtype) > 0
+    if chunked and buffer is not None and _runtime.can_read_values(logits):
+        # One pass, the fastest there is on the CPU. By what it divides is as good as any, as long as it is one number.
+        wide = logits if logits.dtype == dtype else buffer.copy_(logits)
+        return _sum_chunks(torch.softmax(wide, 1, out=buffer)), None
     top = logits.amax(1)
-    relative = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=_part(buffer, logits))
-    if not chunks:
-        relative.exp_()
-        return _padded(relative, buffer).sum(1, dtype=_runtime.widest_float(logits.device)), top
-    return _padded(relative, None, -math.inf).exp().view(len(logits), chunks, _CHUNK).sum(2), top
+    exponentials = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=buffer).exp_()
+    return (_sum_chunks if chunked else _sum)(exponentials), top
 
 
 def _logarithms(
     scores: Tensor, buffer: Tensor | None, top: Tensor | None, input: Input, eps: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return logarithms, padded with zeros: of logits relative to the largest of each row, and that."""
+    """Return logarithms: logits relative to the largest of each row, and that."""
     dtype = score_dtype(scores)
     if input == "logits":
-        top = scores.amax(1) if top is None else top
-        relative = torch.sub(scores.to(dtype), top.to(dtype).unsqueeze(1), out=_part(buffer, scores))
-        return _padded(relative, buffer), top
+        # A finite one also where all logits of a part are -inf, which have to stay that.
+        top = (scores.amax(1) if top is None else top).clamp(min=torch.finfo(scores.dtype).min)
+        return torch.sub(scores.to(dtype), top.to(dtype).unsqueeze(1), out=buffer), top
     scores = _copied(scores, buffer, dtype)
-    return _padded(scores if input == "log_probs" else clip_logarithms(scores.log_(), eps), buffer), None
+    return scores if input == "log_probs" else clip_logarithms(scores.log_(), eps), None
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Sum each padded row, in chunks if it is long."""
-    dtype, chunks = _runtime.widest_float(x.device), num_chunks(x.shape[1], x.dtype)
-    return (x.view(len(x), chunks, _CHUNK).sum(2) if chunks else x).sum(1, dtype=dtype)
+    """Sum each row, in chunks if it is long."""
+    if num_chunks(x.shape[1], x.dtype):
+        x = _sum_chunks(x)
+    elif x.shape[1] % 4:
+        x = F.pad(x, (0, aligned(x.shape[1]) - x.shape[1]))
+    return x.sum(1, dtype=_runtime.widest_float(x.device))
+
+
+def _sum_chunks(x: Tensor) -> Tensor:
+    """Sum chunks of each row."""
+    rest = x.shape[1] % _CHUNK
+    chunks = (x[:, :-rest] if rest else x).view(len(x), -1, _CHUNK).sum(2)
+    if rest:
+        chunks = torch.cat([chunks, x[:, -rest:].sum(1, keepdim=True)], 1)
+    empty = num_chunks(x.shape[1], x.dtype) - chunks.shape[1]
+    return F.pad(chunks, (0, empty)) if empty else chunks
 
 
 def _weigh(logarithms: Tensor, coefficient: Tensor, out: Tensor | None = None) -> Tensor:
@@ -332,20 +342,6 @@ def _outside(probs: Tensor) -> Tensor:
     return ((probs < 0) | (probs > 1)).any(1)  # Not amin: a NaN would hide the others.
 
 
-def _padded(x: Tensor, buffer: Tensor | None, value: float = 0.0) -> Tensor:
-    """Return rows, or one, that are padded: those of the buffer that they lie in, if there is one."""
-    width = padded_width(x.shape[-1])
-    if buffer is None and width > x.shape[-1]:
-        return F.pad(x, (0, width - x.shape[-1]), value=value)
-    return x if buffer is None else buffer
-
-
-def _part(buffer: Tensor | None, x: Tensor) -> Any:
-    """Return the part of a buffer that is not padding; None if there is no buffer."""
-    return buffer if buffer is None or buffer.shape == x.shape else buffer[:, : x.shape[1]]
-
-
 def _copied(values: Tensor, buffer: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return a copy, in a buffer if there is one, that may be written to."""
-    part = _part(buffer, values)
-    return values.to(dtype, copy=True) if part is None else part.copy_(values)
+    return values.to(dtype, copy=True) if buffer is None else buffer.copy_(values)

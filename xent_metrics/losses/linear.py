@@ -36,9 +36,9 @@ class LinearLogits(NamedTuple):
         weight is no longer the one that `hidden` goes with: return `losses` there.
 
     Costs:
-        On the CPU the time of `F.linear` and some 10 % more, and 64 MiB; more only above 129,024 classes (twice as many
-        in half precision), as fewer than 128 rows at a time would be slow: 126 MiB for 256,000 classes in float32. On
-        accelerators, where nothing was measured, 64 MiB more. Under autocast, a copy of a weight that has another dtype
+        On the CPU the time of `F.linear` and some 10 % more, and 66 MiB; more only above 129,024 classes (twice as many
+        in half precision), as fewer than 128 rows at a time would be slow: 128 MiB for 256,000 classes in float32. On
+        accelerators, where nothing was measured, 320 MiB. Under autocast, a copy of a weight that has another dtype
         for each call. Targets that are `ignore_index` are not multiplied on the CPU; elsewhere the host would have to
         wait to know them, and they are.
 

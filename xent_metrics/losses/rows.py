@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xent_metrics import _runtime
 from xent_metrics.losses.compiled import fuses, run
-from xent_metrics.losses.kernels import Results, num_chunks, padded_width, score_dtype
+from xent_metrics.losses.kernels import Results, aligned, num_chunks, score_dtype
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.target_losses import SCORED
@@ -31,15 +31,18 @@ Rows = slice | Tensor
 _BUFFER_BYTES = {"cpu": 4 * 2**20}
 _ACCELERATOR_BUFFER_BYTES = 64 * 2**20
 
-# Of logits that are made where they are scored, so many at once, together 64 MiB with a smaller buffer than that above.
-# Each matmul reads all of the head's weight: below 128 rows that shows, and above 512 nothing is gained any more.
-_LINEAR_BYTES = 63 * 2**20
+# Of logits that are made where they are scored, so many at once, beside a smaller buffer than that above. Each matmul
+# reads all of the head's weight: below 128 rows that shows, and on the CPU nothing is gained above 512.
+_LINEAR_BYTES = {"cpu": 63 * 2**20}
+_ACCELERATOR_LINEAR_BYTES = 256 * 2**20
 _LINEAR_BUFFER_BYTES = {"cpu": 2**20}
-_FEWEST_LINEAR_ROWS, _MOST_LINEAR_ROWS = 128, 512
+_FEWEST_LINEAR_ROWS = 128
+_MOST_LINEAR_ROWS = {"cpu": 512}
+_MOST_ACCELERATOR_LINEAR_ROWS = 1024
 
-# What is finished at once: sums of chunks, and some terms of each row, in float64, are a MiB each.
-_MOST_CHUNKS = 2**18
-_MOST_ROWS = 2048
+# What is finished at once: the sums of chunks, and 64 terms of each row, in float64, are a MiB or less.
+_MOST_CHUNKS = 2**17
+_MOST_ROWS = 512
 
 # Rows that are left out can be skipped if the others are gathered, which costs more than it saves while they are few.
 _MOST_SCORED = 0.75
@@ -71,13 +74,77 @@ class RowResults:
                 whole[start : start + count] = x
 
 
+class RowReader:
+    """The rows of scores, and of soft targets, in groups: where they are if they can be read there, or in copies.
+
+    Args:
+        preds: The scores.
+        target: Soft targets, whose rows come along; None for none.
+        options: How losses are made.
+        scored: The rows to score; None for all.
+    """
+
+    def __init__(
+        self, preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
+    ) -> None:
+        self.preds, self.backend, self._scored = preds, options.backend, scored
+        self.num_classes, self.dtype = preds.shape[options.class_dim], score_dtype(preds)
+        last = options.class_dim in (-1, preds.dim() - 1)
+        self._tensors = [
+            x if last else x.movedim(options.class_dim, -1) for x in (preds, target) if isinstance(x, Tensor)
+        ]
+        copied = scored is not None or not all(x.is_contiguous() for x in self._tensors)
+        self._num_copies = len(self._tensors) if copied and not _runtime.is_traced() else 0
+        self.num_rows = preds.numel() // max(1, self.num_classes) if scored is None else len(scored)
+        self.rows_in_group = max(2, min(self._rows_at_once(), self.num_rows))
+
+    def rows_in_buffer(self, num_buffers: int) -> int:
+        """Return how many rows a kernel is given at a time, eagerly."""
+        if not num_chunks(self.num_classes, self.dtype):
+            num_buffers *= 2  # A float64 sum makes a copy.
+        return self._rows_in(
+            _LINEAR_BUFFER_BYTES if isinstance(self.preds, LinearLogits) else _BUFFER_BYTES, num_buffers
+        )
+
+    def groups(self) -> Iterator[Group]:
+        """Yield the groups, in order."""
+        copies: list[Tensor | None] = [None] * len(self._tensors)
+        if self._num_copies and (self._scored is None or self._tensors[0].is_contiguous()):
+            copies = [x.new_empty(self.rows_in_group, self.num_classes) for x in self._tensors]
+        if isinstance(self.preds, LinearLogits):
+            copies.insert(0, None)  # Its logits are made as rows.
+            blocks = _linear_blocks(self.preds, self._tensors, self.rows_in_group, self._scored)
+        elif self._scored is None:
+            blocks = row_blocks(self._tensors, self.rows_in_group)
+        else:
+            blocks = _chosen_blocks(self._tensors[0], self._scored, self.rows_in_group, copies[0])
+        for rows, parts in blocks:
+            yield rows, [_as_rows(x, copy) for x, copy in zip(parts, copies, strict=True)]
+
+    def _rows_in(self, sizes: dict[str, int], num_tensors: int) -> int:
+        """Return how many rows of so many tensors fit a size, two at least, and one for each thread."""
+        num_bytes = num_tensors * self.num_classes * self.dtype.itemsize
+        num_rows = sizes.get(self.preds.device.type, _ACCELERATOR_BUFFER_BYTES) // max(1, num_bytes)
+        shared = isinstance(self.preds, Tensor) and _runtime.can_read_values(self.preds)
+        return max(2, num_rows, torch.get_num_threads() if shared else 0)
+
+    def _rows_at_once(self) -> int:
+        """Return how many rows may be finished at once; with `rows_in_buffer` the only place that knows devices."""
+        if _runtime.is_traced() and fuses(self.backend):
+            return self.num_rows
+        chunks = num_chunks(self.num_classes, self.dtype)
+        most = min(_MOST_CHUNKS // chunks, _MOST_ROWS) if chunks else self.num_rows
+        if not fuses(self.backend) and not chunks:
+            most = self.rows_in_buffer(1)
+        return min(most, self._rows_in(_BUFFER_BYTES, 2 * self._num_copies)) if self._num_copies else most
+
+
 class Reduction:
     """Calls a kernel with a few rows at a time, in buffers that are reused; or with all, where a compiler needs none.
 
     Args:
         kernel: One of `kernels`.
-        preds: The scores.
-        options: How losses are made.
+        reader: What reads the rows.
         num_tensors: How many tensors the kernel gets, with a buffer for each.
         temporaries: How many tensors of a buffer's size it makes, for which there must be room too.
         **constants: Its other arguments.
@@ -86,27 +153,26 @@ class Reduction:
     def __init__(
         self,
         kernel: Callable[..., Results],
-        preds: Tensor | LinearLogits,
-        options: LossOptions,
+        reader: RowReader,
         num_tensors: int = 1,
         temporaries: int = 0,
         **constants: Hashable,
     ) -> None:
-        self._kernel, self._backend, self._constants = kernel, options.backend, constants
-        num_classes = preds.shape[options.class_dim]
+        self._kernel, self._backend, self._constants = kernel, reader.backend, constants
         self._buffers: list[Tensor | None] = [None] * num_tensors
-        if not fuses(options.backend):
-            self._max_rows = _rows_in_buffer(preds, options, num_tensors + temporaries)
-            some = max(2, min(self._max_rows, rows_in_group(preds, options), preds.numel() // max(1, num_classes)))
-            for i in range(num_tensors):
-                self._buffers[i] = _padded_rows(some, num_classes, score_dtype(preds), preds.device)
+        self._max_rows = reader.rows_in_group
+        if not fuses(reader.backend):
+            self._max_rows = min(self._max_rows, reader.rows_in_buffer(num_tensors + temporaries))
+        if not fuses(reader.backend) and not _runtime.is_traced():
+            shape = self._max_rows, reader.num_classes
+            self._buffers = [_make_buffer(*shape, reader.dtype, reader.preds.device) for _ in range(num_tensors)]
 
     def __call__(self, tensors: list[Tensor], *others: Tensor | None) -> Results:
         """Return what the kernel returns of two rows or more."""
         count = len(tensors[0])
-        if self._buffers[0] is None:
+        max_rows, results = self._max_rows, RowResults(count)
+        if count <= max_rows and self._buffers[0] is None:
             return run(self._backend, self._kernel, [*tensors, *self._buffers], others, **self._constants)
-        max_rows, results = len(self._buffers[0]), RowResults(count)
         for start in range(0, count, max_rows):
             first = min(start, count - 2)  # Of two rows at least.
             block = [x[first : first + max_rows] if count > max_rows else x for x in tensors]
@@ -137,71 +203,11 @@ def of_rows(values: Tensor, rows: Rows) -> Tensor:
     return some.repeat(2) if some.shape[0] == 1 else some
 
 
-def row_groups(
-    preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
-) -> Iterator[Group]:
-    """Yield all rows, or those that are `scored`, and their soft targets: where they are if they can be read there.
-
-    Args:
-        preds: The scores.
-        target: Soft targets, whose rows come along; None for none.
-        options: How losses are made.
-        scored: The rows to score; None for all.
-    """
-    last = options.class_dim in (-1, preds.dim() - 1)
-    tensors = [x if last else x.movedim(options.class_dim, -1) for x in (preds, target) if isinstance(x, Tensor)]
-    max_rows = rows_in_group(preds, options)
-    copies = None
-    if isinstance(preds, LinearLogits):
-        blocks = _linear_blocks(preds, tensors, max_rows, scored)
-    elif scored is None and all(x.is_contiguous() for x in tensors):
-        blocks = row_blocks(tensors, max_rows)
-    else:
-        max_rows = min(max_rows, _rows_in_copy(preds, options, len(tensors)))
-        num_rows = max(2, min(max_rows, preds.numel() // tensors[0].shape[-1]))
-        copies = [x.new_empty(num_rows, x.shape[-1]) for x in tensors]
-        blocks = row_blocks(tensors, max_rows) if scored is None else _chosen_blocks(tensors[0], scored, copies[0])
-    for rows, parts in blocks:
-        yield rows, [_as_rows(x, None if copies is None else copies[i]) for i, x in enumerate(parts)]
-
-
-def rows_in_group(preds: Tensor | LinearLogits, options: LossOptions) -> int:
-    """Return how many rows at most are finished at once."""
-    num_rows, chunks = preds.numel(), num_chunks(preds.shape[options.class_dim], score_dtype(preds))
-    if chunks and not _runtime.is_traced():
-        num_rows = max(2, min(_MOST_CHUNKS // chunks, _MOST_ROWS))
-    elif not fuses(options.backend):
-        num_rows = _rows_in_buffer(preds, options, 1)
-    return max(2, num_rows)
-
-
-def _rows_in_buffer(preds: Tensor | LinearLogits, options: LossOptions, num_buffers: int) -> int:
-    """Return how many rows a kernel is given at a time; with `_rows_in_copy` the only place that knows devices."""
-    num_classes, dtype = preds.shape[options.class_dim], score_dtype(preds)
-    num_bytes = num_buffers * padded_width(num_classes) * dtype.itemsize
-    if not num_chunks(num_classes, dtype):
-        num_bytes *= 2  # A float64 sum makes a copy.
-    sizes = _LINEAR_BUFFER_BYTES if isinstance(preds, LinearLogits) else _BUFFER_BYTES
-    num_rows = max(2, sizes.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // max(1, num_bytes))
-    readable = isinstance(preds, Tensor) and _runtime.can_read_values(preds)
-    return max(num_rows, torch.get_num_threads()) if readable else num_rows
-
-
-def _rows_in_copy(preds: Tensor, options: LossOptions, num_copies: int) -> int:
-    """Return how many rows are copied at a time, where they cannot be read where they are."""
-    if _runtime.is_traced():
-        return preds.numel()
-    num_bytes = num_copies * preds.shape[options.class_dim] * score_dtype(preds).itemsize
-    return max(2, _BUFFER_BYTES.get(preds.device.type, _ACCELERATOR_BUFFER_BYTES) // 2 // max(1, num_bytes))
-
-
-def _padded_rows(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a buffer for rows, padded with zeros as the sums of kernels need them."""
-    width = padded_width(num_classes)
-    buffer = torch.empty(num_rows, width, dtype=dtype, device=device)
-    if width > num_classes:
-        buffer[:, num_classes:].zero_()
-    return buffer
+def _make_buffer(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a buffer for rows, each of which starts at a multiple of 16 bytes where that matters."""
+    if device.type == "cpu":
+        return torch.empty(num_rows, num_classes, dtype=dtype)
+    return torch.empty(num_rows, aligned(num_classes), dtype=dtype, device=device)[:, :num_classes]
 
 
 def _as_rows(part: Tensor, copy: Tensor | None) -> Tensor:
@@ -217,15 +223,16 @@ def _as_rows(part: Tensor, copy: Tensor | None) -> Tensor:
     return rows
 
 
-def _chosen_blocks(scores: Tensor, chosen: Tensor, copy: Tensor) -> Iterator[tuple[Rows, list[Tensor]]]:
-    """Gather some of the rows, in the copy if they fit."""
-    if not scores.is_contiguous():
-        for rows in chosen.split(max(1, len(copy) // 4)) if len(chosen) else ():  # They come on top of the copy.
+def _chosen_blocks(
+    scores: Tensor, chosen: Tensor, max_rows: int, copy: Tensor | None
+) -> Iterator[tuple[Rows, list[Tensor]]]:
+    """Gather some of the rows, in the copy if there is one."""
+    for rows in chosen.split(max_rows) if len(chosen) else ():
+        if copy is None:
             yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
-        return
-    flat = scores.view(-1, scores.shape[-1])
-    for rows in chosen.split(len(copy)) if len(chosen) else ():
-        yield rows, [torch.index_select(flat, 0, rows, out=_first(copy, len(rows)))]
+        else:
+            flat = scores.view(-1, scores.shape[-1])
+            yield rows, [torch.index_select(flat, 0, rows, out=_first(copy, len(rows)))]
 
 
 def _linear_blocks(
@@ -235,8 +242,7 @@ def _linear_blocks(
     num_classes, dtype = preds.shape[-1], preds.dtype
     weight = preds.weight.to(dtype).t()  # Cast once, as autocast does.
     bias = None if preds.bias is None else preds.bias.to(dtype)
-    at_once = _LINEAR_BYTES // (num_classes * dtype.itemsize)
-    at_once = max(_FEWEST_LINEAR_ROWS, min(at_once, _MOST_LINEAR_ROWS))
+    at_once = _rows_of_products(num_classes * dtype.itemsize, preds.device.type)
     num_rows = min(at_once, preds.numel() // num_classes)
     buffer = torch.empty(num_rows, num_classes, dtype=dtype, device=preds.device)
     for rows, (hidden, *targets) in _hidden_blocks(preds.hidden, soft, at_once, scored):
@@ -247,6 +253,12 @@ def _linear_blocks(
             torch.addmm(bias, flat, weight, out=logits)
         for some, parts in row_blocks([logits.view(*hidden.shape[:-1], num_classes), *targets], max_rows):
             yield _among(rows, some), parts
+
+
+def _rows_of_products(num_bytes: int, device: str) -> int:
+    """Return how many rows of so many bytes are multiplied at once."""
+    num_rows = _LINEAR_BYTES.get(device, _ACCELERATOR_LINEAR_BYTES) // num_bytes
+    return max(_FEWEST_LINEAR_ROWS, min(num_rows, _MOST_LINEAR_ROWS.get(device, _MOST_ACCELERATOR_LINEAR_ROWS)))
 
 
 def _hidden_blocks(

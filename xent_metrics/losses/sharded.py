@@ -13,7 +13,7 @@ from xent_metrics.distributed import VocabShard, max_over_ranks, sum_over_ranks
 from xent_metrics.losses import kernels
 from xent_metrics.losses.kernels import RowSums
 from xent_metrics.losses.options import LossOptions
-from xent_metrics.losses.rows import Reduction, num_rows_in, of_rows, row_groups
+from xent_metrics.losses.rows import Reduction, RowReader, num_rows_in, of_rows
 from xent_metrics.losses.target_losses import TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, lookup_index
 
@@ -75,13 +75,16 @@ def _own_sums(
     local = local.masked_fill(~here, 0)
     weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
     last = replace(options, class_dim=-1)
-    reduction = Reduction(kernels.sum_hard, rows, last, input="logits", eps=None, smooth=smoothing > 0)
-    for block, (scores,) in row_groups(rows, None, last):
+    reader = RowReader(rows, None, last)
+    reduction = Reduction(kernels.sum_hard, reader, input="logits", eps=None, smooth=smoothing > 0)
+    for block, (scores,) in reader.groups():
         own = RowSums(*reduction([scores], weight))
         of_target = scores.gather(1, of_rows(local, block).unsqueeze(1)).squeeze(1)
-        parts = [of_target, kernels.log_sums(scores, own)]
+        # Of no class that is possible the sum is 0, and not NaN, since other ranks may have one.
+        log_sum = kernels.log_sums(scores, own).masked_fill_(scores.amax(1) == -math.inf, -math.inf)
+        parts = [of_target, log_sum]
         if own.of_all is not None and own.top is not None:
-            parts.append(own.of_all + own.top * kernels.weight_of_all(weight, width))
+            parts.append(own.of_all + own.top.to(own.of_all.dtype) * kernels.weight_of_all(weight, width))
         for total, x in zip(sums, parts, strict=False):
             total[block] = x[: num_rows_in(block)]
     sums[0].masked_fill_(~here, 0.0)

@@ -135,6 +135,11 @@ def _powers_of_products() -> list[list[int]]:
 _POWERS = _powers_of_products()
 
 
+def units_of(lowest: Sequence[float]) -> list[list[float]]:
+    """Return what one of each limb stands for, the top one first, of sums with such a lowest unit."""
+    return [[unit * 2.0 ** (LIMB_BITS * i) for i in reversed(range(NUM_LIMBS))] for unit in lowest]
+
+
 def to_limbs(number: int) -> list[int]:
     """Write a multiple of the lowest limb's unit as canonical limbs, the top one first."""
     shifts = range(LIMB_BITS * (NUM_LIMBS - 1), 0, -LIMB_BITS)
@@ -149,8 +154,8 @@ def to_int(limbs: Sequence[int]) -> int:
     return total
 
 
-def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Read limbs on their device as floats, the lowest as multiples of `2**-64`, some rounding errors off.
+def to_float(limbs: Tensor, dtype: torch.dtype, units: list[list[float]]) -> Tensor:
+    """Read limbs on their device as floats, some rounding errors off.
 
     In float64 they can be added as they are, from the top: as long as those so far stand for an integer below `2**53`
     (in units of the last one) they are exact, and beyond that the next one, which is canonical or a sum of no more than
@@ -158,16 +163,16 @@ def to_float(limbs: Tensor, dtype: torch.dtype) -> Tensor:
     (-1, 2**32 - 1, ...) would cancel.
 
     Args:
-        limbs: On the last dimension.
+        limbs: On the last dimension; the first one counts sums.
         dtype: float64, or float32 where there is none.
+        units: What one of each limb of each sum stands for; see `units_of`.
     """
     digits = (limbs if dtype == torch.float64 else _balanced(limbs)).to(dtype)
-    unit = 2.0 ** (LIMB_BITS * (NUM_LIMBS - 1) - FRACTION_BITS)
-    value = digits[..., 0] * unit
-    for i in range(1, NUM_LIMBS):
-        unit /= 2.0**LIMB_BITS
-        value = value.add(digits[..., i], alpha=unit)
-    return value
+    scales = _runtime.constant(units, digits, dtype).view(len(units), *(1 for _ in limbs.shape[2:]), NUM_LIMBS)
+    top, *others = (digits * scales).unbind(-1)
+    for x in others:
+        top = top + x
+    return top
 
 
 def _balanced(limbs: Tensor) -> Tensor:

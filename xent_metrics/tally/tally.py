@@ -23,7 +23,7 @@ from torch import Tensor
 from xent_metrics import _runtime
 from xent_metrics._validate import describe
 from xent_metrics.distributed import is_distributed, sum_over_ranks
-from xent_metrics.tally.limbs import FRACTION_BITS, NUM_LIMBS, normalise_in_place, to_float, to_int, to_limbs
+from xent_metrics.tally.limbs import FRACTION_BITS, NUM_LIMBS, normalise_in_place, to_float, to_int, to_limbs, units_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,6 +46,10 @@ GROUP_SIZE = 2 * NUM_LIMBS + len(TARGET_COUNTS)
 
 SEQUENCE_BITS = 36
 """A sequence's loss and weight are squared in units of `2**-SEQUENCE_BITS`, so that their products are integers."""
+
+
+UNITS = units_of([2.0**-FRACTION_BITS] * 2 + [2.0 ** (-2 * SEQUENCE_BITS)] * 3)
+GROUP_UNITS = UNITS[:2]
 
 
 @dataclass(frozen=True, eq=False)  # Tensors have no single truth; compare `totals()`.
@@ -108,9 +112,8 @@ class Tally:
 
     def float_sums(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read all `SUMS` in floating point, in nats, weights and their products, without leaving the device."""
-        values = to_float(self.state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS), dtype)
-        products = values[2:] * 2.0 ** (FRACTION_BITS - 2 * SEQUENCE_BITS)
-        return dict(zip(SUMS, (*values[:2].unbind(), *products.unbind()), strict=True))
+        values = to_float(self.state[:NUM_SUM_LIMBS].view(len(SUMS), NUM_LIMBS), dtype, UNITS)
+        return dict(zip(SUMS, values.unbind(), strict=True))
 
     def target_counts(self) -> Tensor:
         """Return `TARGET_COUNTS`, without leaving the device."""
@@ -198,7 +201,7 @@ class GroupTally:
     def float_sums(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Read loss and weight of each group in floating point, without leaving the device."""
         limbs = self.state[: 2 * NUM_LIMBS, :-1].unflatten(0, (2, NUM_LIMBS)).movedim(1, -1)
-        loss, weight = to_float(limbs, dtype)
+        loss, weight = to_float(limbs, dtype, GROUP_UNITS)
         return {"loss": loss, "weight": weight}
 
     def target_counts(self) -> Tensor:
