@@ -316,7 +316,7 @@ def _sum(x: Tensor) -> Tensor:
     """Sum each row, in chunks if it is long."""
     if num_chunks(x.shape[1], x.dtype):
         x = _sum_chunks(x)
-    elif x.shape[1] % 4:
+    elif x.shape[1] % 4 and not _runtime.can_read_values(x):  # A float64 copy would be packed.
         x = F.pad(x, (0, aligned(x.shape[1]) - x.shape[1]))
     return x.sum(1, dtype=_runtime.widest_float(x.device))
 

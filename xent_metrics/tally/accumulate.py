@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 _SEQUENCE_LIMIT = 2**26  # Nats, or weight, of a sequence that is sure to fit 63 bits in units of 2**-SEQUENCE_BITS.
 _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and they stay in the cache.
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
-_FEW_TARGETS = 128  # So many are faster as Python integers than as tensors.
+_FEW_TARGETS = 128  # So many are faster as Python integers than as tensors; and so are the products of so many
+_FEW_SEQUENCES = 128  # sequences.
 _BLOCK_GROUPED = 2**15  # Targets that are sorted into groups at a time, at `GROUP_SIZE` numbers each.
 
 _COUNTED_AS = {
@@ -146,6 +147,10 @@ def _tally_block(losses: TargetLosses) -> Tally:
         state = _few_targets(losses)
         if state is not None:
             return Tally(torch.tensor(state, device=losses.loss.device))
+    elif _runtime.can_read_values(losses.loss) and len(losses.loss) <= _FEW_SEQUENCES:
+        cleared = _cleared(losses)
+        if cleared.small and losses.loss.shape[1] <= _BLOCK_TARGETS:
+            return Tally(torch.tensor(_few_sequences(cleared), device=losses.loss.device))
     targets, counts = _tally_targets(losses)
     return Tally(torch.cat([_total(targets), *_tally_sequences(targets, losses.loss.shape[1], counts)]))
 
@@ -160,7 +165,7 @@ def _few_targets(losses: TargetLosses) -> list[int] | None:
     weights = ones if losses.denominator is None else losses.denominator.tolist()
     statuses = all_scored if losses.status is None else losses.status.tolist()
     counts, limit = [0] * NUM_STATUSES, _SEQUENCE_LIMIT / losses.loss.numel()
-    sums, num_sequences = [0] * 5, 0
+    sequences = []
     for row in zip(rows, weights, statuses, strict=True):
         total = weight = 0
         for x, w, status in zip(*row, strict=True):
@@ -169,16 +174,36 @@ def _few_targets(losses: TargetLosses) -> list[int] | None:
                 if not (-limit < x < limit and 0 <= w < limit):  # A NaN compares false with everything.
                     return None
                 total, weight = total + round(x * _ONE), weight + round(w * _ONE)
-        num_sequences += weight > 0
-        s, w = total >> _LOWEST_SHIFT, weight >> _LOWEST_SHIFT
-        sums = [x + y for x, y in zip(sums, (total, weight, s * s, s * w, w * w), strict=True)]
-    counted = _counted(dict(enumerate(counts)))
-    return [*(limb for number in sums for limb in to_limbs(number)), *counted, num_sequences, 0]
+        sequences.append((total, weight))
+    return _state_of(sequences, _counted(dict(enumerate(counts))))
+
+
+def _few_sequences(cleared: _Cleared) -> list[int]:
+    """Return the state of a tally of a few sequences, whose numbers are small."""
+    (upper, weight_upper), (lower, weight_lower) = cleared.sequence_sums().unbind(1)
+    limbs = zip(upper.tolist(), lower.tolist(), weight_upper.tolist(), weight_lower.tolist(), strict=True)
+    return _state_of([((a << LIMB_BITS) + b, (c << LIMB_BITS) + d) for a, b, c, d in limbs], cleared.counted())
+
+
+def _state_of(sequences: list[tuple[int, int]], counts: list[int]) -> list[int]:
+    """Return the state of a tally, from the loss and the weight of each sequence and the `TARGET_COUNTS`."""
+    total = weight = loss_loss = loss_weight = weight_weight = num_sequences = 0
+    for s, w in sequences:
+        total, weight, num_sequences = total + s, weight + w, num_sequences + (w > 0)
+        x, y = s >> _LOWEST_SHIFT, w >> _LOWEST_SHIFT
+        loss_loss, loss_weight, weight_weight = loss_loss + x * x, loss_weight + x * y, weight_weight + y * y
+    sums = total, weight, loss_loss, loss_weight, weight_weight
+    return [*(limb for number in sums for limb in to_limbs(number)), *counts, num_sequences, 0]
 
 
 def _counted(numbers: dict[int, int]) -> list[int]:
     """Return `TARGET_COUNTS` of so many targets of each status."""
-    return [sum(number * _COUNTS[code][i] for code, number in numbers.items()) for i in range(len(TARGET_COUNTS))]
+    totals = dict.fromkeys(TARGET_COUNTS, 0)
+    for code, number in numbers.items():
+        if number:
+            for name in _COUNTED_AS[code]:
+                totals[name] += number
+    return [*totals.values()]
 
 
 def _tally_split_sequences(losses: TargetLosses, rows: int, group: ProcessGroup) -> Tally:
@@ -274,12 +299,16 @@ class _Cleared(NamedTuple):
         # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
         return self.most < _SEQUENCE_LIMIT and self.most * self.loss.numel() < _SEQUENCE_LIMIT
 
+    def counted(self) -> list[int]:
+        """Return `TARGET_COUNTS`, which the host reads."""
+        return _counted({SCORED: self.loss.numel()} if self.status is None else count_statuses(self.status))
+
     def counts(self) -> Tensor:
-        """Return `TARGET_COUNTS`."""
+        """Return `TARGET_COUNTS`, on the device."""
         if self.status is None:
             return F.pad(self.loss.new_full((1,), self.loss.numel(), dtype=torch.int64), (0, len(TARGET_COUNTS) - 1))
         if _runtime.can_read_values(self.status):
-            return torch.tensor(_counted(count_statuses(self.status)), device=self.status.device)
+            return torch.tensor(self.counted(), device=self.status.device)
         return _runtime.constant(_COUNTS, self.loss, torch.int64)[self.status.flatten().to(torch.int64)].sum(0)
 
     def sequence_sums(self) -> Tensor:
