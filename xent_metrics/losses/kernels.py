@@ -217,7 +217,7 @@ def weighed_and_smoothed(
         num_classes: How many there are.
         smoothing: The share of a target that is spread over all classes.
     """
-    loss = -of_target if log_sum is None else log_sum - of_target
+    loss = (0.0 if log_sum is None else log_sum) - of_target  # Not `-of_target`, which may be -0.0.
     if denominator is not None:
         loss.mul_(denominator).masked_fill_(denominator == 0, 0.0)
     if of_all is None:
@@ -238,7 +238,7 @@ def losses_of_soft(scores: Tensor, sums: RowSums, coefficients: Tensor) -> Tenso
     """
     assert sums.of_all is not None
     if sums.top is None:
-        return -sums.of_all
+        return 0.0 - sums.of_all
     difference = log_sums(scores, sums) - sums.top
     return difference.mul_(coefficients).masked_fill_(coefficients == 0, 0.0) - sums.of_all  # Not 0 * inf.
 

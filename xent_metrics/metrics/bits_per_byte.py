@@ -240,7 +240,7 @@ def bits_per_byte(
     Four tokens of 3 bits each that stand for 6 bytes:
 
     >>> bits_per_byte(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]), num_bytes=6)
-    tensor(2.0000, dtype=torch.float64)
+    tensor(2., dtype=torch.float64)
     """
     check_reading(nan_policy)
     check_omitted_bytes(nan_policy, num_bytes)

@@ -56,7 +56,7 @@ class BitsPerToken(LossMetric):
     >>> metric = BitsPerToken()
     >>> metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
     >>> metric.compute()  # log2(8): uniform over 8
-    tensor(3.0000, dtype=torch.float64)
+    tensor(3., dtype=torch.float64)
     """
 
     _tally_function = staticmethod(tally_batch)
@@ -137,7 +137,7 @@ def bits_per_token(
         Shannon, A Mathematical Theory of Communication, 1948, section 9.
 
     >>> bits_per_token(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
-    tensor(3.0000, dtype=torch.float64)
+    tensor(3., dtype=torch.float64)
     """
     check_reading(nan_policy)
     options = LossOptions(

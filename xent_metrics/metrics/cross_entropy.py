@@ -271,7 +271,7 @@ def per_target_losses(
         Shannon, A Mathematical Theory of Communication, 1948; Goodfellow et al., Deep Learning, section 3.13.
 
     >>> per_target_losses(torch.tensor([[2.0, 1.0, 0.1], [0.0, 0.0, 0.0]]), torch.tensor([0, -100]))
-    tensor([0.4170, 0.0000])
+    tensor([0.4170, 0.0000], dtype=torch.float64)
     """
     options = LossOptions(
         input=input,

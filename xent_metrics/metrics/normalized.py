@@ -123,7 +123,7 @@ class NormalizedCrossEntropy(LossMetric):
     >>> metric = NormalizedCrossEntropy(num_classes=2)
     >>> metric.update(torch.tensor([[0.75, 0.25]]).log().expand(4, -1), torch.tensor([0, 0, 0, 1]))
     >>> metric.compute()  # the model is the base rate
-    tensor(1.0000, dtype=torch.float64)
+    tensor(1., dtype=torch.float64)
     """
 
     _tally_function = staticmethod(tally_by_class)
@@ -206,7 +206,7 @@ def normalized_cross_entropy(
         He et al., Practical lessons from predicting clicks on ads at Facebook, 2014, section 3.
 
     >>> normalized_cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]), num_classes=2)
-    tensor(1.0000, dtype=torch.float64)
+    tensor(1., dtype=torch.float64)
     """
     check_num_classes("num_classes", num_classes, 2)
     check_reading(nan_policy)
