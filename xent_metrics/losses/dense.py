@@ -77,7 +77,7 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
         results = RowResults(target.numel() // num_classes)
         distributions = replace(options, input="probs", eps=None)
         reader = RowReader(target, None, distributions)
-        reduction = Reduction(kernels.entropy, reader, smoothing=smoothing)
+        reduction = Reduction(kernels.entropy, reader, temporaries=4, smoothing=smoothing)  # In float64.
         start = 0
         for rows, probs in reader.groups():
             results.add(start, num_rows_in(rows), reduction(probs))

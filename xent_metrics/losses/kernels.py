@@ -253,7 +253,7 @@ def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -
     probs = _copied(target, buffer, score_dtype(target))
     if smoothing:
         probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-    return (_sum(torch.special.entr(probs)),)
+    return (_sum(torch.special.entr(probs.to(_runtime.widest_float(probs.device)))),)
 
 
 def binary(

@@ -56,7 +56,7 @@ class BitsPerToken(LossMetric):
     >>> metric = BitsPerToken()
     >>> metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
     >>> metric.compute()  # log2(8): uniform over 8
-    tensor(3., dtype=torch.float64)
+    tensor(3.0000, dtype=torch.float64)
     """
 
     _tally_function = staticmethod(tally_batch)

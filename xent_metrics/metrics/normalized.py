@@ -123,7 +123,7 @@ class NormalizedCrossEntropy(LossMetric):
     >>> metric = NormalizedCrossEntropy(num_classes=2)
     >>> metric.update(torch.tensor([[0.75, 0.25]]).log().expand(4, -1), torch.tensor([0, 0, 0, 1]))
     >>> metric.compute()  # the model is the base rate
-    tensor(1., dtype=torch.float64)
+    tensor(1.0000, dtype=torch.float64)
     """
 
     _tally_function = staticmethod(tally_by_class)
