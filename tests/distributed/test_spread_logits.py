@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from tests.cases import CASES
 from tests.distributed.ranks import Collectives, run_ranks
+from tests.score_rows import make_rows
 from xent_metrics import CrossEntropy, CrossEntropyReport, functional
 from xent_metrics.readings import ExactReading
 
@@ -58,6 +59,7 @@ def cases(num_classes: int) -> Iterator[tuple[str, Scored]]:
         target = torch.randint(num_classes, (3, 800), generator=generator)
         yield "many rows", Scored(logits, target, None, {"label_smoothing": 0.1})
         yield "many columns", Scored(logits.mT, target, None, {"class_dim": 1})
+        yield "flat tail", Scored(*make_rows("flat tail, 6 to 10 below", 64, num_classes))
         return
     logits = 3 * torch.randn(6, 4, num_classes, generator=generator)
     target = torch.randint(num_classes, (6, 4), generator=generator)
@@ -85,6 +87,7 @@ def cases(num_classes: int) -> Iterator[tuple[str, Scored]]:
         Scored(logits.view(3, 2, 4, -1).permute(0, 3, 1, 2), target.view(3, 2, 4), None, channels),
     )
     yield "class_dim, shifted", Scored(logits.mT, target, None, channels | {"shift": True})
+    yield "very large", Scored((logits * 0 + 1e30), target)
     yield "one sequence", Scored(logits[0], target[0])
     yield "one row", Scored(logits[0, 0], target[0, 0])
     yield "no rows", Scored(logits[:0], target[:0])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -106,6 +107,29 @@ def test_other_ways_to_a_loss(num_classes: int) -> None:
         for way, (bias, share) in ways.items():
             assert share <= 1, (kind, way)
             assert abs(bias) <= max(BIAS, 4 * 2e-7 / num_rows**0.5), (kind, way)
+
+
+@pytest.mark.parametrize("num_classes", [50, 1000, 50257])
+def test_on_an_accelerator(num_classes: int, hide_values: Callable[[], None]) -> None:
+    """Where values are hidden, exponentials are made in other steps, and are as true."""
+    hide_values()
+    for kind in KINDS:
+        logits, target = make_rows(kind, min(10_000, 2**23 // num_classes), num_classes)
+        for dtype in (torch.float32, torch.bfloat16):
+            given = logits.to(dtype)
+            bias, share = errors(given, target, true_losses(given, target))
+            assert share <= 1, (kind, dtype)
+            assert abs(bias) <= max(BIAS, 4 * 2e-7 / len(logits) ** 0.5 if len(logits) < 10_000 else 0.0), (kind, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("num_classes", [2, 300])
+def test_large_logits_lose_nothing(num_classes: int, dtype: torch.dtype) -> None:
+    """A difference of logits is made before anything small is added to them."""
+    logits, target = torch.full((3, num_classes), 1e30, dtype=dtype), torch.zeros(3, dtype=torch.int64)
+    for options in ({}, {"label_smoothing": 0.1}):
+        losses = per_target_losses(logits, target, **options)
+        assert losses.tolist() == pytest.approx([math.log(num_classes)] * 3, abs=5e-7)
 
 
 def test_of_a_head() -> None:

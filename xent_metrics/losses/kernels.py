@@ -140,18 +140,22 @@ def sum_soft(
     return *RowSums(exponentials, top, of_all, improper), total, ~distribution
 
 
-def log_sums(scores: Tensor, sums: RowSums) -> Tensor:
+def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
     """Return the logarithm of the sum of exponentials of each row, in float64 where there is one.
 
     Args:
         scores: The logits.
         sums: What a kernel returned of them.
+
+    Returns:
+        That logarithm relative to a likely logit, and that logit. Their sum would lose the former where logits are
+        large.
     """
     assert sums.exponentials is not None
     dtype = _runtime.widest_float(scores.device)
     if sums.exponentials.dim() == 1:
         assert sums.top is not None
-        return sums.exponentials.log() + sums.top
+        return sums.exponentials.log(), sums.top.to(dtype)
     greatest, where = sums.exponentials.max(1)
     index = where.unsqueeze(1) * _CHUNK + torch.arange(_CHUNK, device=scores.device)
     last = scores.shape[1] - 1
@@ -159,7 +163,7 @@ def log_sums(scores: Tensor, sums: RowSums) -> Tensor:
     top = terms.amax(1)
     exact = (terms - top.unsqueeze(1)).exp_().sum(1)
     others = sums.exponentials.sum(1, dtype=dtype) - greatest
-    return (exact + others * (exact / greatest)).log() + top
+    return (exact + others * (exact / greatest)).log(), top
 
 
 def losses_of_hard(
@@ -187,13 +191,14 @@ def losses_of_hard(
     """
     of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1)
     of_all, log_sum = sums.of_all, None
-    if input != "logits":
+    if input == "logits":
+        log_sum, top = log_sums(scores, sums)
+        of_target = of_target - top
+        if of_all is not None and sums.top is not None:
+            of_all = of_all + (sums.top - top) * weight_of_all(class_weight, scores.shape[1])
+    else:
         of_target = of_target.to(_runtime.widest_float(scores.device))
         of_target = clip_logarithms(of_target.log(), eps) if input == "probs" else of_target
-    else:
-        log_sum = log_sums(scores, sums)
-        if of_all is not None and sums.top is not None:
-            of_all = of_all + sums.top.to(of_all.dtype) * weight_of_all(class_weight, scores.shape[1])
     return weighed_and_smoothed(of_target, log_sum, of_all, denominator, class_weight, scores.shape[1], smoothing)
 
 
@@ -209,8 +214,8 @@ def weighed_and_smoothed(
     """Return losses, from the logit of each target, that of all classes, and their normaliser.
 
     Args:
-        of_target: The logit, or the logarithm of the probability, of the target.
-        log_sum: The logarithm of the sum of exponentials; None for probabilities.
+        of_target: The logit, relative to any, or the logarithm of the probability, of the target.
+        log_sum: The logarithm of the sum of exponentials, relative to the same; None for probabilities.
         of_all: The sum over classes of class weight times what `of_target` is; None without smoothing.
         denominator: The class weight of each target; None for 1.
         class_weight: Of every class.
@@ -239,7 +244,8 @@ def losses_of_soft(scores: Tensor, sums: RowSums, coefficients: Tensor) -> Tenso
     assert sums.of_all is not None
     if sums.top is None:
         return 0.0 - sums.of_all
-    difference = log_sums(scores, sums) - sums.top
+    log_sum, top = log_sums(scores, sums)
+    difference = log_sum + (top - sums.top)
     return difference.mul_(coefficients).masked_fill_(coefficients == 0, 0.0) - sums.of_all  # Not 0 * inf.
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,7 @@ def score_shard(
 ) -> TargetLosses:
     """Score class indices with logits of which each rank has some classes, in two small collectives.
 
-    What ranks exchange is the normaliser of their own classes for each row, first the largest one, and then the sums of
-    their exponentials, with the target's logit.
+    What ranks exchange is a likely logit of each row, and then the sums of exponentials and the target's logit.
     """
     if options.input != "logits" or target.is_floating_point():
         raise ValueError(
@@ -36,16 +36,14 @@ def score_shard(
     index, status = lookup_index(as_index(target).reshape(-1), num_classes, options)
     smoothing = options.smoothing(num_classes)
 
-    of_target, log_sum, of_all = _own_sums(shard, logits, index, options, class_weight, smoothing)
-    greatest, mismatch = _max_and_mismatch(log_sum, shard, num_classes)
+    own = _own_sums(shard, logits, index, options, class_weight, smoothing)
+    greatest, mismatch = _max_and_mismatch(own.top, shard, num_classes)
     status = mark(status, TARGET_OUT_OF_RANGE, mismatch.expand(index.shape))
-    of_target, exponentials, of_all = sum_over_ranks(
-        torch.stack([of_target, (log_sum - greatest).exp(), of_all]), shard.group
-    )
+    of_target, exponentials, of_all = sum_over_ranks(own.relative_to(greatest), shard.group)
     denominator = None if class_weight is None else class_weight[index]
     loss = kernels.weighed_and_smoothed(
         of_target,
-        exponentials.log() + greatest,
+        exponentials.log(),
         of_all if smoothing else None,
         denominator,
         class_weight,
@@ -55,6 +53,34 @@ def score_shard(
     return TargetLosses(loss, denominator, status).as_sequences(target.shape)
 
 
+class _OwnSums(NamedTuple):
+    """What a rank's classes add to each row.
+
+    Attributes:
+        of_target: The target's logit, if it is here.
+        here: Whether it is.
+        top: A likely logit; `-inf` where no class is possible.
+        log_sum: The logarithm of the sum of exponentials, relative to `top`.
+        of_all: The sum over classes of class weight times logit, relative to `top_of_all`.
+        top_of_all: The largest logit, or a finite one.
+        weight_of_all: The sum of the class weights.
+    """
+
+    of_target: Tensor
+    here: Tensor
+    top: Tensor
+    log_sum: Tensor
+    of_all: Tensor
+    top_of_all: Tensor
+    weight_of_all: float | Tensor
+
+    def relative_to(self, top: Tensor) -> Tensor:
+        """Return the target's logit, the sum of exponentials and that of all logits, relative to one for each row."""
+        exponentials = (self.log_sum + (self.top - top)).exp().masked_fill_(self.top == -math.inf, 0.0)
+        of_target = (self.of_target - top).masked_fill_(~self.here, 0.0)
+        return torch.stack([of_target, exponentials, self.of_all + (self.top_of_all - top) * self.weight_of_all])
+
+
 def _own_sums(
     shard: VocabShard,
     logits: Tensor,
@@ -62,33 +88,33 @@ def _own_sums(
     options: LossOptions,
     class_weight: Tensor | None,
     smoothing: float,
-) -> Tensor:
-    """Return of each row what this rank's classes add: the target's logit, the normaliser, and the sum of all."""
+) -> _OwnSums:
+    """Read this rank's classes."""
     rows = logits.movedim(options.class_dim, -1)
     width = rows.shape[-1]
-    sums = torch.zeros(3, len(index), dtype=_runtime.widest_float(index.device), device=index.device)
-    sums[1].fill_(-math.inf)
-    if not width:  # A rank may have no classes at all.
-        return sums
     local = index - shard.offset
     here = (local >= 0) & (local < width)
     local = local.masked_fill(~here, 0)
+    of_target, top, log_sum, of_all, top_of_all = torch.zeros(
+        5, len(index), dtype=_runtime.widest_float(index.device), device=index.device
+    )
+    top.fill_(-math.inf)
+    if not width:  # A rank may have no classes at all.
+        return _OwnSums(of_target, here, top, log_sum, of_all, top_of_all, 0.0)
     weight = None if class_weight is None else class_weight[shard.offset : shard.offset + width]
     last = replace(options, class_dim=-1)
     reader = RowReader(rows, None, last)
     reduction = Reduction(kernels.sum_hard, reader, input="logits", eps=None, smooth=smoothing > 0)
     for block, (scores,) in reader.groups():
-        own = RowSums(*reduction([scores], weight))
-        of_target = scores.gather(1, of_rows(local, block).unsqueeze(1)).squeeze(1)
+        own, count = RowSums(*reduction([scores], weight)), num_rows_in(block)
+        of_target[block] = scores.gather(1, of_rows(local, block).unsqueeze(1))[:count, 0].to(of_target.dtype)
+        log, likely = kernels.log_sums(scores, own)
         # Of no class that is possible the sum is 0, and not NaN, since other ranks may have one.
-        log_sum = kernels.log_sums(scores, own).masked_fill_(scores.amax(1) == -math.inf, -math.inf)
-        parts = [of_target, log_sum]
+        top[block] = likely.masked_fill(scores.amax(1) == -math.inf, -math.inf)[:count]
+        log_sum[block] = log[:count]
         if own.of_all is not None and own.top is not None:
-            parts.append(own.of_all + own.top.to(own.of_all.dtype) * kernels.weight_of_all(weight, width))
-        for total, x in zip(sums, parts, strict=False):
-            total[block] = x[: num_rows_in(block)]
-    sums[0].masked_fill_(~here, 0.0)
-    return sums
+            of_all[block], top_of_all[block] = own.of_all[:count], own.top[:count].to(top.dtype)
+    return _OwnSums(of_target, here, top, log_sum, of_all, top_of_all, kernels.weight_of_all(weight, width))
 
 
 def _max_and_mismatch(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[Tensor, Tensor]:
