@@ -42,10 +42,12 @@ def lookup_index(index: Tensor, num_classes: int, options: LossOptions) -> tuple
     if all_classes and (mark_value is None or not 0 <= mark_value < num_classes):
         return index, None
     within = index if all_classes else index.clamp(0, num_classes - 1)
-    if all_classes or mark_value is None:
-        code, where = (IGNORED, index == mark_value) if all_classes else (TARGET_OUT_OF_RANGE, within != index)
-        return within, mark(None, code, where)
-    outside, ignored = within != index, index == mark_value
+    outside = within != index
+    if mark_value is None:
+        return within, mark(None, TARGET_OUT_OF_RANGE, outside)
+    ignored = index == mark_value
+    if all_classes:
+        return within, mark(None, IGNORED, ignored)
     if 0 <= mark_value < num_classes:
         return within, mark(None, TARGET_OUT_OF_RANGE, outside).masked_fill_(ignored, IGNORED)
     # What is ignored is outside too, and its code is the next one.
