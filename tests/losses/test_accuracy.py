@@ -17,7 +17,7 @@ from xent_metrics import LinearLogits
 from xent_metrics.functional import per_target_losses
 
 HALVES = [torch.float16, torch.bfloat16]
-SCORES = 2**25  # Of a test: 10,000 rows of few classes, and 128 of most.
+SCORES = 2**24  # Of a test: 10,000 rows of few classes, and 64 of most.
 
 
 def errors(logits: Tensor, target: Tensor, true: Tensor, **options: Any) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def kinds_and_sizes() -> Iterator[Any]:
     """Yield every kind of rows with every number of classes; of large ones most are slow."""
     for i, kind in enumerate(KINDS):
         for j, num_classes in enumerate(SIZES):
-            slow = num_classes > 1000 and (i + j) % 5
+            slow = num_classes > 1000 and (i, num_classes) not in {(1, 50257), (5, 128256)}
             yield pytest.param(kind, num_classes, marks=[pytest.mark.slow] if slow else [], id=f"{kind}-{num_classes}")
 
 
@@ -59,7 +59,14 @@ def test_the_usual_sum_has_a_side() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("num_classes", [50, pytest.param(1000, marks=pytest.mark.slow), 32000, 50257])
+@pytest.mark.parametrize(
+    "num_classes",
+    [
+        pytest.param(50, marks=pytest.mark.slow),
+        1000,
+        *(pytest.param(x, marks=pytest.mark.slow) for x in (32000, 50257)),
+    ],
+)
 def test_compiled_losses_are_as_true(num_classes: int) -> None:
     """A compiler sums in another order, and rounds no worse."""
     for kind in KINDS:
@@ -109,12 +116,12 @@ def test_other_ways_to_a_loss(num_classes: int) -> None:
             assert abs(bias) <= max(BIAS, 4 * 2e-7 / num_rows**0.5), (kind, way)
 
 
-@pytest.mark.parametrize("num_classes", [50, 1000, 50257])
+@pytest.mark.parametrize("num_classes", [50, 1000, pytest.param(50257, marks=pytest.mark.slow)])
 def test_on_an_accelerator(num_classes: int, hide_values: Callable[[], None]) -> None:
     """Where values are hidden, exponentials are made in other steps, and are as true."""
     hide_values()
     for kind in KINDS:
-        logits, target = make_rows(kind, min(10_000, 2**23 // num_classes), num_classes)
+        logits, target = make_rows(kind, min(10_000, 2**22 // num_classes), num_classes)
         for dtype in (torch.float32, torch.bfloat16):
             given = logits.to(dtype)
             bias, share = errors(given, target, true_losses(given, target))
