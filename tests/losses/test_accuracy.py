@@ -17,6 +17,7 @@ from xent_metrics import LinearLogits
 from xent_metrics.functional import per_target_losses
 
 HALVES = [torch.float16, torch.bfloat16]
+SLOW = [pytest.param(num_classes, marks=pytest.mark.slow) for num_classes in (50, 32000, 50257)]
 SCORES = 2**24  # Of a test: 10,000 rows of few classes, and 64 of most.
 
 
@@ -29,7 +30,7 @@ def errors(logits: Tensor, target: Tensor, true: Tensor, **options: Any) -> tupl
 def kinds_and_sizes() -> Iterator[Any]:
     """Yield every kind of rows with every number of classes; of large ones most are slow."""
     for i, kind in enumerate(KINDS):
-        for j, num_classes in enumerate(SIZES):
+        for num_classes in SIZES:
             slow = num_classes > 1000 and (i, num_classes) not in {(1, 50257), (5, 128256)}
             yield pytest.param(kind, num_classes, marks=[pytest.mark.slow] if slow else [], id=f"{kind}-{num_classes}")
 
