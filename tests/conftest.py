@@ -32,20 +32,25 @@ def _one_thread_and_one_seed() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _constants_are_where_they_are_needed() -> None:
     """Copy the constants of a tally to the devices of the tests, which happens once and is no part of an update."""
+    for device in ("cpu", "meta"):
+        copy_constants(device)
+
+
+def copy_constants(device: str) -> None:
+    """Copy the constants of a tally to a device."""
     floats = [limbs._SCALES, tally.UNITS, tally.GROUP_UNITS, readings._IF_NOT_COUNTED, *readings._IF_COUNTED.values()]
     integers = [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS, accumulate._SHIFTS]
     integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG]
-    for device in ("cpu", "meta"):
-        beside = torch.empty(0, device=device)
-        for values, dtype in (*((x, torch.float64) for x in floats), *((x, torch.int64) for x in integers)):
-            _runtime.constant(values, beside, dtype)
-        _runtime.constant(accumulate._STATUS_OF_KIND, beside, torch.int8)
-        for dtype, bounds in accumulate._GREATEST_OF_KIND.items():
-            _runtime.constant(bounds, beside, dtype)
-        for dtype in (torch.float32, torch.float64):
-            _runtime.constant(0, beside, dtype)
-        for code in range(NUM_STATUSES):
-            _runtime.constant(code, beside, torch.int8)
+    beside = torch.empty(0, device=device)
+    for values, dtype in (*((x, torch.float64) for x in floats), *((x, torch.int64) for x in integers)):
+        _runtime.constant(values, beside, dtype)
+    _runtime.constant(accumulate._STATUS_OF_KIND, beside, torch.int8)
+    for dtype, bounds in accumulate._GREATEST_OF_KIND.items():
+        _runtime.constant(bounds, beside, dtype)
+    for dtype in (torch.float32, torch.float64):
+        _runtime.constant(0, beside, dtype)
+    for code in range(NUM_STATUSES):
+        _runtime.constant(code, beside, torch.int8)
 
 
 @pytest.fixture(name="hide_values")

@@ -221,7 +221,7 @@ def waiting(run: Run) -> Iterator[str]:
         return
     batch = make_batch(run, (4, 256, 32000), torch.bfloat16)
     report = CrossEntropyReport().to(run.device)
-    report.update(*batch)  # Copies constants to the device, once in a process.
+    report(*batch)  # Copies constants to the device, once in a process.
     for name in ("update", "forward"):
         what = f'`CrossEntropyReport.{name}` under `set_sync_debug_mode("error")`'
         yield f"- {what}: {', '.join(run.cells(what, under_check, getattr(report, name), batch))}"

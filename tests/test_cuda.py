@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES, FORMS, Case, Form, filled, numbers
+from tests.conftest import copy_constants
 from tests.losses.test_ignored_rows import LAYOUTS, MASKS
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Tally, functional
 from xent_metrics.functional import binary_cross_entropy, per_target_losses
@@ -27,6 +28,12 @@ pytestmark = [
 ]
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _constants_are_on_the_device() -> None:
+    """Copy them there: the first update of a process waits for that, and no other."""
+    copy_constants(DEVICE)
 
 
 @contextmanager
