@@ -108,9 +108,8 @@ def _score_hard(
     results = RowResults(len(index) if scored is None else len(scored))
     smoothing = options.smoothing(num_classes)
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
-    temporaries = 1 if class_weight is not None and smoothing else 0
     reader = RowReader(preds, None, options, scored)
-    reduction = Reduction(kernels.sum_hard, reader, temporaries=temporaries, smooth=smoothing > 0, **constants)
+    reduction = Reduction(kernels.sum_hard, reader, smooth=smoothing > 0, **constants)
     start = 0
     for rows, (scores,) in reader.groups():
         sums = RowSums(*reduction([scores], class_weight))

@@ -91,7 +91,7 @@ def sum_hard(
     if smooth:
         logarithms, top = _logarithms(scores, buffer, top, input, eps)
         weight = None if class_weight is None else class_weight.to(logarithms.dtype)
-        of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight))
+        of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
     return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None)
 
 
