@@ -37,7 +37,7 @@ def starts(x: Tensor) -> list[int]:
 
 
 class FloatSums(TorchDispatchMode):
-    """Records what floats are summed; sums of integers are exact in any order."""
+    """Records what floats are summed, as they are and in the dtype of the sum; sums of integers are exact."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,8 @@ class FloatSums(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         dtype = (kwargs or {}).get("dtype")
         if str(func).startswith("aten.sum") and args[0].is_floating_point() and dtype != torch.int64:
-            self.summed.append(args[0])
+            copy = torch.empty(args[0].shape, dtype=dtype or args[0].dtype, device="meta")  # Its rows have no gaps.
+            self.summed += [args[0]] if copy.dtype == args[0].dtype else [args[0], copy]
         return func(*args, **(kwargs or {}))
 
 
