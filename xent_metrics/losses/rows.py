@@ -40,9 +40,10 @@ _FEWEST_LINEAR_ROWS = 128
 _MOST_LINEAR_ROWS = {"cpu": 512}
 _MOST_ACCELERATOR_LINEAR_ROWS = 1024
 
-# What is finished at once: the sums of chunks, and 64 terms of each row, in float64, are a MiB or less.
-_MOST_CHUNKS = 2**17
-_MOST_ROWS = 512
+# What is finished at once: the sums of chunks, and 64 terms of each row, in float64, are a MiB or less. On
+# accelerators, where each of its operators is a kernel to start, they are some 64 MiB.
+_MOST_CHUNKS, _MOST_ROWS = {"cpu": 2**17}, {"cpu": 512}
+_MOST_ACCELERATOR_CHUNKS, _MOST_ACCELERATOR_ROWS = 2**22, 2**14
 
 # Rows that are left out can be skipped if the others are gathered, which costs more than it saves while they are few.
 _MOST_SCORED = 0.75
@@ -133,7 +134,10 @@ class RowReader:
         if _runtime.is_traced() and fuses(self.backend):
             return self.num_rows
         chunks = num_chunks(self.num_classes, self.dtype)
-        most = min(_MOST_CHUNKS // chunks, _MOST_ROWS) if chunks else self.num_rows
+        device, most = self.preds.device.type, self.num_rows
+        if chunks:
+            most = _MOST_CHUNKS.get(device, _MOST_ACCELERATOR_CHUNKS) // chunks
+            most = min(most, _MOST_ROWS.get(device, _MOST_ACCELERATOR_ROWS))
         if not fuses(self.backend) and not chunks:
             most = self.rows_in_buffer(1)
         return min(most, self._rows_in(_BUFFER_BYTES, 2 * self._num_copies)) if self._num_copies else most
