@@ -3,6 +3,7 @@ PYTHON ?= python3
 DEMO ?= examples/char_lm/main.py fit --config configs/char_lm.yaml
 DASHBOARDS ?= runs/dashboards
 BENCH ?=
+ACCURACY ?=
 GPU ?=
 PYTEST_ARGS ?=
 
@@ -15,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench gpu test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -28,6 +29,9 @@ dashboards: $(READY)  ## train a few steps and look at the dashboards in a real 
 
 bench: $(READY)  ## measure what the library costs beside its peers, on two idle cores (BENCH='--quick' passes options on)
 	$(BIN)/python -m tests.bench $(BENCH)
+
+accuracy: $(READY)  ## measure how wrong the usual numbers are, in a minute (ACCURACY='--quick' passes options on)
+	$(BIN)/python -m tests.accuracy $(ACCURACY)
 
 gpu: $(READY)  ## check on a GPU what the library promises, and measure what it costs there (GPU='--device cpu' passes options on)
 	$(BIN)/python -m tests.gpu $(GPU)

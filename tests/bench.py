@@ -754,7 +754,6 @@ def describe_machine() -> Iterator[str]:
     yield f"- {cpu_model()}, {os.cpu_count()} cores; {platform.system()}, Python {platform.python_version()}"
     yield f"- {versions}"
     yield f"- {date.today().isoformat()}; allocator: {', '.join(settings) or 'default'}; huge pages: {huge_pages()}"
-    yield "- targets are for two idle cores; a round measures each function once, the figures are medians of rounds"
 
 
 def installed(name: str) -> str:
@@ -812,6 +811,7 @@ def report(quick: bool, allocators: Sequence[str]) -> Iterator[str]:
     """Yield the lines of the report as they are known."""
     load = Load()
     yield from describe_machine()
+    yield "- targets are for two idle cores; a round measures each function once, the figures are medians of rounds"
     if quick:
         yield f"- **a quick run: no size is above {QUICK}, whatever the table says, and the figures mean nothing**"
     yield load.at_start()

@@ -1,7 +1,7 @@
 """Rows of logits on which a float32 cross-entropy may go wrong, and what is right: the judge of accuracy.
 
-The fault to look for: a running float32 sum of a long row loses terms that are small beside the sum so far, always in
-the same direction, so that no amount of data averages it out.
+The fault to look for: a running float32 sum of a long row rounds away terms that are small beside the sum so far, in a
+direction that is the same for rows alike, so that no amount of data averages it out.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def test_buffers(soft: bool, num_classes: int, dtype: torch.dtype, monkeypatch: 
         return kernel(scores, *others, **constants)
 
     monkeypatch.setattr(kernels, kernel.__name__, spy)
-    per_target_losses(*batch_on_meta(700, num_classes, dtype, soft))
+    per_target_losses(*batch_on_meta(2100, num_classes, dtype, soft))
     assert len(given) > 2
     assert [start for x in given for start in starts(x) if start] == []
 

@@ -4,8 +4,8 @@ A kernel reads the scores and returns what is left of each row. Eagerly it gets 
 is used again for the next ones; compiled, the same function gets more rows and no buffer. What is then done once for
 each target (logarithm, difference, smoothing, class weights) is done in float64, where there is one.
 
-A sum over classes must not lose the many small terms of a long row, which a running float32 sum does, always in the
-same direction. A float64 sum of float32 costs as much as all the rest. So chunks of a row are summed in float32, and
+A sum over classes must not lose the many small terms of a long row, which a running float32 sum does, in a direction
+that no amount of data averages out. A float64 sum of float32 costs as much as all the rest. So chunks of a row are summed in float32, and
 their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as one term of it may be
 so much larger than the others that it rounds them away.
 

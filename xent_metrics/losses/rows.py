@@ -167,7 +167,9 @@ class Reduction:
         self._max_rows = reader.rows_in_group
         if not fuses(reader.backend):
             self._max_rows = min(self._max_rows, reader.rows_in_buffer(num_tensors + temporaries))
-        if not fuses(reader.backend) and not _runtime.is_traced():
+        chunked = num_chunks(reader.num_classes, reader.dtype) > 0  # Others need none for a single block.
+        reused = chunked or reader.num_rows > self._max_rows
+        if reused and not fuses(reader.backend) and not _runtime.is_traced():
             shape = self._max_rows, reader.num_classes
             self._buffers = [_make_buffer(*shape, reader.dtype, reader.preds.device) for _ in range(num_tensors)]
 
