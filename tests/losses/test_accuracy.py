@@ -15,6 +15,8 @@ from tests.losses.compiling import needs_compiler
 from tests.score_rows import BIAS, KINDS, SIZES, make_rows, true_losses, worst
 from xent_metrics import LinearLogits
 from xent_metrics.functional import per_target_losses
+from xent_metrics.losses.binary import binary_losses
+from xent_metrics.losses.options import BinaryOptions
 
 HALVES = [torch.float16, torch.bfloat16]
 SLOW = [pytest.param(num_classes, marks=pytest.mark.slow) for num_classes in (50, 32000, 50257)]
@@ -112,6 +114,12 @@ def test_other_ways_to_a_loss(num_classes: int) -> None:
         log_probs = logs.float()
         smoothed = -0.9 * log_probs.double().gather(1, target[:, None]).squeeze(1) - 0.1 * log_probs.double().mean(1)
         ways["log_probs"] = errors(log_probs, target, smoothed, input="log_probs", label_smoothing=0.1)
+        ways["soft and smoothed"] = errors(
+            logits,
+            soft,
+            F.cross_entropy(wide, soft.double(), weight.double(), reduction="none", label_smoothing=0.1),
+            **options,
+        )
         for way, (bias, share) in ways.items():
             assert share <= 1, (kind, way)
             assert abs(bias) <= max(BIAS, 4 * 2e-7 / num_rows**0.5), (kind, way)
@@ -138,6 +146,41 @@ def test_large_logits_lose_nothing(num_classes: int, dtype: torch.dtype) -> None
     for options in ({}, {"label_smoothing": 0.1}):
         losses = per_target_losses(logits, target, **options)
         assert losses.tolist() == pytest.approx([math.log(num_classes)] * 3, abs=5e-7)
+
+
+@pytest.mark.parametrize("scale", [1, 10])
+@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+def test_smoothing_has_no_side(num_classes: int, scale: float) -> None:
+    """Of class indices, of the same ones as distributions, and with weights that float32 does not hold."""
+    logits = scale * torch.randn(4000, num_classes)
+    target, weight = torch.randint(0, num_classes, (4000,)), torch.full((num_classes,), 0.1, dtype=torch.float64)
+    for smoothing in (0.001, 0.1, 0.3, 1.0):
+        true = F.cross_entropy(logits.double(), target, reduction="none", label_smoothing=smoothing)
+        one_hot = F.one_hot(target, num_classes)
+        for form in (target, one_hot.float(), one_hot.bfloat16(), one_hot.double()):
+            bias, share = errors(logits, form, true, label_smoothing=smoothing)
+            assert share <= 1, (smoothing, form.dtype)
+            assert abs(bias) <= BIAS, (smoothing, form.dtype)
+        rounded = weight.float()[0].item()  # Once, as the logits are.
+        bias, share = errors(logits, target, rounded * true, label_smoothing=smoothing, class_weight=weight)
+        assert share <= 1, smoothing
+        assert abs(bias) <= BIAS, smoothing
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.001, 0.05, 0.2])
+@pytest.mark.parametrize("label", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("around", [-100.0, -5.0, 0.0, 30.0])
+def test_binary_losses(around: float, label: float, smoothing: float) -> None:
+    """Labels and smoothing of yes-or-no targets are as exact as their logarithms."""
+    logits = around + torch.randn(4000)
+    for dtype in (torch.float32, torch.float64):
+        target = torch.full((4000,), label, dtype=dtype)
+        soft = (1 - smoothing) * target.double() + smoothing / 2
+        true = F.binary_cross_entropy_with_logits(logits.double(), soft, reduction="none")
+        options = BinaryOptions(label_smoothing=smoothing)
+        error = binary_losses(logits, target, options).loss.flatten() - true
+        assert worst(error, true) <= 1, dtype
+        assert abs(error.mean().item()) <= max(BIAS, 2e-8 * true.mean().item()), dtype
 
 
 def test_of_a_head() -> None:

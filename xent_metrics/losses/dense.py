@@ -17,7 +17,7 @@ from xent_metrics import _runtime
 from xent_metrics._validate import check_tensors, without
 from xent_metrics.distributed import is_dtensor, vocab_shard
 from xent_metrics.losses import kernels
-from xent_metrics.losses.kernels import RowSums
+from xent_metrics.losses.kernels import RowSums, score_dtype
 from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.rows import Reduction, RowReader, RowResults, num_rows_in, of_rows, rows_to_score
@@ -50,7 +50,7 @@ def target_losses(
     check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
     with _runtime.no_graph():
         if class_weight is not None:
-            class_weight = class_weight.to(_runtime.widest_float(preds.device))
+            class_weight = class_weight.to(score_dtype(preds)).to(_runtime.widest_float(preds.device))
         if isinstance(preds, Tensor) and is_dtensor(preds):
             shard = vocab_shard(preds, options.class_dim)
             if shard is not None:
@@ -132,7 +132,9 @@ def _score_soft(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None
 ) -> TargetLosses:
     """Score targets that are distributions."""
-    results = RowResults(target.numel() // preds.shape[options.class_dim])
+    num_classes = preds.shape[options.class_dim]
+    smoothing = options.smoothing(num_classes)
+    results = RowResults(target.numel() // num_classes)
     reader = RowReader(preds, target, options)
     reduction = Reduction(
         kernels.sum_soft,
@@ -140,14 +142,15 @@ def _score_soft(
         num_tensors=2,
         input=options.input,
         eps=options.eps,
-        smoothing=options.smoothing(preds.shape[options.class_dim]),
+        smooth=smoothing > 0,
         excess=_SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
     )
     start = 0
     for rows, group in reader.groups():
-        *sums, coefficients, out_of_range = reduction(group, class_weight)
-        loss = kernels.losses_of_soft(group[0], RowSums(*sums), coefficients)
-        results.add(start, num_rows_in(rows), (loss, out_of_range, sums[-1]))
+        *parts, of_target, coefficients, out_of_range = reduction(group, class_weight)
+        sums = RowSums(*parts)
+        loss = kernels.losses_of_soft(group[0], sums, of_target, coefficients, class_weight, smoothing=smoothing)
+        results.add(start, num_rows_in(rows), (loss, out_of_range, sums.improper))
         start += num_rows_in(rows)
     if results.joined is None:
         return TargetLosses(_no_losses(target))

@@ -5,9 +5,9 @@ is used again for the next ones; compiled, the same function gets more rows and 
 each target (logarithm, difference, smoothing, class weights) is done in float64, where there is one.
 
 A sum over classes must not lose the many small terms of a long row, which a running float32 sum does, in a direction
-that no amount of data averages out. A float64 sum of float32 costs as much as all the rest. So chunks of a row are summed in float32, and
-their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as one term of it may be
-so much larger than the others that it rounds them away.
+that no amount of data averages out. A float64 sum of float32 costs as much as all the rest. So chunks of a row are
+summed in float32, and their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as
+one term of it may be so much larger than the others that it rounds them away.
 
 A row has the same bits among any others. So a sum starts at an address that is a multiple of 16 bytes: accelerators sum
 in an order that depends on it. And rows are at least two, as threads would share the sum over a long row that is alone,
@@ -104,10 +104,10 @@ def sum_soft(
     *,
     input: Input,
     eps: float | None,
-    smoothing: float,
+    smooth: bool,
     excess: float,
 ) -> Results:
-    """Return the `RowSums` of each row for a target that is a distribution, the sum of its coefficients, and its sum.
+    """Return the `RowSums` of each row for a target that is a distribution, and what else is needed of it.
 
     Args:
         scores: Two rows or more, one score a class.
@@ -117,27 +117,28 @@ def sum_soft(
         class_weight: Of every class.
         input: What the scores are.
         eps: Where to clip probabilities.
-        smoothing: The share of a target that is spread over all classes.
+        smooth: Whether the sum over all classes is wanted.
         excess: How far the sum of a distribution may be from 1.
 
     Returns:
-        `RowSums`, the sum of what logarithms were multiplied by, and whether the target is no distribution.
+        `RowSums`; the sum of coefficient times logarithm, relative as theirs; the sum of the coefficients, which are
+        target times class weight; and whether the target is no distribution.
     """
     exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
     coefficient = _copied(target, target_buffer, score_dtype(scores))
     total = _sum(coefficient)
     # A NaN compares false with everything, so a row that has one is not a distribution.
     distribution = (coefficient.amin(1) >= 0) & ((total - 1).abs() <= excess)
-    if smoothing:
-        coefficient.mul_(1 - smoothing).add_(smoothing / coefficient.shape[1])
-    if class_weight is not None:
-        coefficient.mul_(class_weight.to(coefficient.dtype))
-    if smoothing or class_weight is not None:
-        total = _sum(coefficient)
+    weight = None if class_weight is None else class_weight.to(coefficient.dtype)
+    if weight is not None:
+        total = _sum(coefficient.mul_(weight))
     logarithms, top = _logarithms(scores, buffer, top, input, eps)
-    of_all = _sum(_weigh(logarithms, coefficient, out=target_buffer))
+    of_target = _sum(_weigh(logarithms, coefficient, out=target_buffer))
+    of_all = None
+    if smooth:
+        of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
     improper = _outside(scores) if input == "probs" else None
-    return *RowSums(exponentials, top, of_all, improper), total, ~distribution
+    return *RowSums(exponentials, top, of_all, improper), of_target, total, ~distribution
 
 
 def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
@@ -148,8 +149,8 @@ def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
         sums: What a kernel returned of them.
 
     Returns:
-        That logarithm relative to a likely logit, and that logit. Their sum would lose the former where logits are
-        large.
+        That logarithm relative to a likely logit, and that logit: the largest one of the chunk whose sum is largest, so
+        that no other is larger by more than ln 64. Their sum would lose the former where logits are large.
     """
     assert sums.exponentials is not None
     dtype = _runtime.widest_float(scores.device)
@@ -225,6 +226,45 @@ def weighed_and_smoothed(
     loss = (0.0 if log_sum is None else log_sum) - of_target  # Not `-of_target`, which may be -0.0.
     if denominator is not None:
         loss.mul_(denominator).masked_fill_(denominator == 0, 0.0)
+    return smoothed(loss, log_sum, of_all, class_weight, num_classes, smoothing)
+
+
+def losses_of_soft(
+    scores: Tensor,
+    sums: RowSums,
+    of_target: Tensor,
+    coefficients: Tensor,
+    class_weight: Tensor | None,
+    *,
+    smoothing: float,
+) -> Tensor:
+    """Return the loss of each row, in float64 where there is one.
+
+    Args:
+        scores: One score a class.
+        sums: What `sum_soft` returned.
+        of_target: The sum of coefficient times logarithm that it returned.
+        coefficients: The sum of coefficients that it returned.
+        class_weight: Of every class.
+        smoothing: The share of a target that is spread over all classes.
+    """
+    if sums.top is None:
+        return smoothed(0.0 - of_target, None, sums.of_all, class_weight, scores.shape[1], smoothing)
+    log_sum, top = log_sums(scores, sums)
+    log_sum = log_sum + (top - sums.top)
+    loss = (log_sum * coefficients).masked_fill_(coefficients == 0, 0.0) - of_target  # Not 0 * inf.
+    return smoothed(loss, log_sum, sums.of_all, class_weight, scores.shape[1], smoothing)
+
+
+def smoothed(
+    loss: Tensor,
+    log_sum: Tensor | None,
+    of_all: Tensor | None,
+    class_weight: Tensor | None,
+    num_classes: int,
+    smoothing: float,
+) -> Tensor:
+    """Mix losses with the mean over all classes, of which `of_all` and `log_sum` are relative to one logit."""
     if of_all is None:
         return loss
     if log_sum is not None:
@@ -233,33 +273,17 @@ def weighed_and_smoothed(
     return loss.sub_(of_all, alpha=smoothing / num_classes)
 
 
-def losses_of_soft(scores: Tensor, sums: RowSums, coefficients: Tensor) -> Tensor:
-    """Return the loss of each row, in float64 where there is one.
-
-    Args:
-        scores: One score a class.
-        sums: What `sum_soft` returned.
-        coefficients: The sums of coefficients that it returned.
-    """
-    assert sums.of_all is not None
-    if sums.top is None:
-        return 0.0 - sums.of_all
-    log_sum, top = log_sums(scores, sums)
-    difference = log_sum + (top - sums.top)
-    return difference.mul_(coefficients).masked_fill_(coefficients == 0, 0.0) - sums.of_all  # Not 0 * inf.
-
-
 def weight_of_all(class_weight: Tensor | None, num_classes: int) -> float | Tensor:
     """Return the sum of the class weights."""
     return num_classes if class_weight is None else class_weight.sum()
 
 
-def entropy(target: Tensor, buffer: Tensor | None = None, *, smoothing: float) -> Results:
+def entropy(target: Tensor, _: Tensor | None = None, *, smoothing: float) -> Results:
     """Return the entropy of each row, a distribution."""
-    probs = _copied(target, buffer, score_dtype(target))
+    probs = target.to(_runtime.widest_float(target.device))
     if smoothing:
-        probs.mul_(1 - smoothing).add_(smoothing / probs.shape[1])
-    return (_sum(torch.special.entr(probs.to(_runtime.widest_float(probs.device)))),)
+        probs = probs * (1 - smoothing) + smoothing / probs.shape[1]
+    return (_sum(torch.special.entr(probs)),)
 
 
 def binary(
@@ -267,18 +291,22 @@ def binary(
 ) -> Results:
     """Return the loss of each yes-or-no target, and which probabilities are outside [0, 1]; all of one shape."""
     scores = preds.to(score_dtype(preds))
-    positive = target.to(scores.dtype)
-    if smoothing:
-        positive = positive.mul(1 - smoothing).add(smoothing / 2)
+    # A rounded difference would be multiplied by a logit. Of 0 and 1, the only ones that integers can be, it is exact.
+    exact = not smoothing and not target.is_floating_point() and pos_weight is None
+    dtype = scores.dtype if exact else _runtime.widest_float(scores.device)
+    positive = target.to(dtype)
     negative = 1 - positive
+    if smoothing:
+        positive, negative = (x * (1 - smoothing) + smoothing / 2 for x in (positive, negative))
     if pos_weight is not None:
-        positive = positive * pos_weight.to(scores.dtype)
+        positive = positive * pos_weight.to(dtype)
     improper = None
     if input == "logits":
         log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
     else:
         improper = (scores < 0) | (scores > 1)
         log_p, log_q = clip_logarithms(scores.log(), eps), clip_logarithms(torch.log1p(-scores), eps)
+    log_p, log_q = log_p.to(dtype), log_q.to(dtype)
     for log, coefficient in ((log_p, positive), (log_q, negative)):
         extremes = _runtime.least_and_greatest(log.mul_(coefficient))
         if extremes and extremes[0] > -math.inf:

@@ -18,6 +18,9 @@ def as_index(integers: Tensor) -> Tensor:
     return index.masked_fill(index < 0, 2**63 - 1) if integers.dtype == torch.uint64 else index
 
 
+assert IGNORED == TARGET_OUT_OF_RANGE + 1  # See `lookup_index`.
+
+
 def ignored_status(target: Tensor, options: LossOptions | BinaryOptions) -> Tensor | None:
     """Return the status of targets of which some may be `ignore_index`; None if none is."""
     mark_value = options.ignore_index

@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 _SEQUENCE_LIMIT = 2**26  # Nats, or weight, of a sequence that is sure to fit 63 bits in units of 2**-SEQUENCE_BITS.
 _BLOCK_TARGETS = 2**16  # Targets whose limbs are held at a time: a few MiB, and they stay in the cache.
 _BLOCK_SEQUENCES = 2**13  # The same for sequences, which need more room each.
-_FEW_TARGETS = 128  # So many are faster as Python integers than as tensors; and so are the products of so many
-_FEW_SEQUENCES = 128  # sequences.
+_FEW_TARGETS = 128  # So many are faster as Python integers than as tensors.
+_FEW_SEQUENCES = 128  # Of so many, the products are.
 _BLOCK_GROUPED = 2**15  # Targets that are sorted into groups at a time, at `GROUP_SIZE` numbers each.
 
 _COUNTED_AS = {
