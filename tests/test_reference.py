@@ -46,7 +46,11 @@ def check(judge: Any) -> None:
     # S = (9, 4, 1), W = (3, 1, 2), m = 7/3: residuals 2, 5/3, -11/3.
     expected = math.sqrt(3 / 2 * (4 + 25 / 9 + 121 / 9)) / 6
     assert judge.stderr(RAGGED) == pytest.approx(expected)
-    assert judge.interval(RAGGED)[1] - judge.cross_entropy(RAGGED) == pytest.approx(1.959964 * expected)
+    # Two sequences that weigh the same: 1 degree of freedom, whose quantile is the tangent of 0.475 pi.
+    even = [[Target(1.0, weight=2.0)], [Target(3.0), Target(3.0)]]
+    assert judge.interval(even) == pytest.approx((2 - 12.706205, 2 + 12.706205))
+    # W = (1, 1, 2): 16 / 6 - 1 = 5 / 3 of them. W = (3, 1, 2): 36 / 14 - 1 = 11 / 7.
+    assert judge.interval(RAGGED)[1] - judge.cross_entropy(RAGGED) == pytest.approx(5.648190765 * expected)
     assert math.isnan(judge.stderr(RAGGED[:1]))
     assert judge.entropy([0.5, 0.25, 0.25, 0.0]) == pytest.approx(1.5 * math.log(2))
     assert judge.total_in_units([1.0, -(2.0**-65), 3 * 2.0**-65]) == 2**64 + 2

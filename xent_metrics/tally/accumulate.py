@@ -73,9 +73,11 @@ _TO_UNITS = [0, 0, 2**SEQUENCE_BITS, 2 ** (SEQUENCE_BITS - LIMB_BITS), 1]
 _LOWEST_SHIFT = 2 * LIMB_BITS - SEQUENCE_BITS
 _SHIFTS = [0, 0, 0, 0, _LOWEST_SHIFT]
 _ONE = 2.0**FRACTION_BITS
-# Upper limbs from which on a sequence does not fit.
-_TOO_WIDE = [[1], [1], [_SEQUENCE_LIMIT]]
-_TOO_WIDE_IF_LONG = [[1], [1], [0]]
+# Upper limbs of loss and of weight, and numbers of units of both, from which on a sequence does not fit. Limbs below
+# these bounds, of fewer than 2**26 targets, make a number of units below 2**63, which is what it seems to be.
+_UNIT_LIMIT = _SEQUENCE_LIMIT * 2**SEQUENCE_BITS
+_TOO_WIDE = [[x] for x in [1, 1, _SEQUENCE_LIMIT] * 2 + [_UNIT_LIMIT] * 2]
+_TOO_WIDE_IF_LONG = [[x] for x in [1, 1, 0] * 2 + [_UNIT_LIMIT] * 2]
 
 # Four kinds of losses, one after the other: NaN (put here as -inf), those that count as -inf, those that are summed,
 # and those that count as inf. These are the greatest of all kinds but the last.
@@ -271,9 +273,10 @@ def _tally_sequences(sums: Tensor, length: int, counts: Tensor) -> list[Tensor]:
         return [products(units.t().contiguous()), counts, weighty, torch.zeros_like(weighty)]
     limbs = sums.permute(2, 0, 1) >> _runtime.constant(_SHIFTS, sums, torch.int64)
     units = (limbs * _runtime.constant(_TO_UNITS, sums, torch.int64)).sum(-1)
-    # A sequence of 2**26 targets or more might not fit even if every limb of its sum looks small.
+    # A sequence of 2**26 targets or more might not fit even if every limb of its sum, and so its units, look small.
     limits = _TOO_WIDE if length < _SEQUENCE_LIMIT else _TOO_WIDE_IF_LONG
-    wide = (sums[:, :3].abs() >= _runtime.constant(limits, sums, torch.int64)).flatten(0, 1).any(0)
+    numbers = torch.cat([sums[0, :3], sums[1, :3], units.t()])
+    wide = (numbers.abs() >= _runtime.constant(limits, sums, torch.int64)).any(0)
     units.masked_fill_(wide.unsqueeze(-1), 0)
     return [products(units.contiguous()), counts, weighty, wide.sum(0, keepdim=True)]
 
