@@ -168,6 +168,11 @@ PLANTED = {
         "stderr",
         lambda: rewrite("stderr", "(s - total / weight * w)", "(s / w - total / weight)"),
     ),
+    "sequences that weigh the same": (
+        "interval",
+        lambda: rewrite("interval", "math.fsum(weights) ** 2 / squares", "len(weights)"),
+    ),
+    "tokens as degrees of freedom": ("interval", lambda: rewrite("interval", "/ squares - 1", "- 1")),
     "one-sided quantile": ("interval", lambda: rewrite("interval", "0.5 + confidence / 2", "confidence")),
     "rounded half up": (
         "total_in_units",
@@ -228,7 +233,7 @@ def test_the_judge_imports_nothing_that_it_judges() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert modules == {"math", "collections.abc", "fractions", "statistics", "typing"}
+    assert modules == {"math", "collections.abc", "fractions", "typing", "scipy.special"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -267,4 +272,4 @@ def test_the_library_agrees_with_the_judge(seed) -> None:
         "num_nonfinite": 0,
     }
     actual = {name: value.item() for name, value in report.compute().items()}
-    assert actual == pytest.approx(expected, rel=1e-8, nan_ok=True)
+    assert actual == pytest.approx(expected, rel=1e-7, nan_ok=True)  # An interval of 57 nats is exponentiated.

@@ -57,7 +57,7 @@ def test_forward_of_a_small_batch(operators: Operators) -> None:
 def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     """On an accelerator, where each operator is a kernel to start, there are some more."""
     report = CrossEntropyReport()
-    assert operators_of(lambda: report.update(*BATCH), operators) <= 60
+    assert operators_of(lambda: report.update(*BATCH), operators) <= 61
     assert operators_of(lambda: report(*BATCH), operators) <= 95
 
 
