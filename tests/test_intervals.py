@@ -126,11 +126,13 @@ def test_a_sequence_is_as_wide_as_its_sum(
         hide_values()
     length = 2**16
     # Limbs of whole nats and of 2**-32 nats, each as if it were small.
-    loss = whole // length + share * (1 - 2.0**-20)
-    totals = tally_losses(TargetLosses(doubles([[loss] * length, [0.0] * length]))).totals()
-    fits = Fraction(loss) * length < 2**26
+    loss, rest = whole // length + share * (1 - 2.0**-20), whole % length
+    row = [loss + rest, *[loss] * (length - 1)]
+    totals = tally_losses(TargetLosses(doubles([row, [0.0] * length]))).totals()
+    total = sum(map(Fraction, row))
+    fits = total < 2**26
     assert totals.wide_sequences == (not fits)
-    assert totals.loss_loss == (Fraction(loss) * length * 2**36) ** 2 * fits
+    assert totals.loss_loss == (total * 2**36) ** 2 * fits
 
 
 @pytest.mark.slow
