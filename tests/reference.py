@@ -1,4 +1,4 @@
-"""The independent judge: every quantity from plain Python floats, with `math.fsum` and rationals.
+"""The independent judge: every quantity from plain Python floats, with `math.fsum`, rationals and SciPy's quantiles.
 
 It imports neither torch nor the package that it judges. A batch is a list of sequences, a sequence a list of `Target`s.
 """
@@ -6,8 +6,9 @@ It imports neither torch nor the package that it judges. A batch is a list of se
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from statistics import NormalDist
 from typing import NamedTuple
+
+from scipy.special import stdtrit
 
 LN_2 = math.log(2)
 
@@ -128,9 +129,12 @@ def stderr(sequences: Sequence[Sequence[Target]], nan_policy: str = "propagate")
 def interval(
     sequences: Sequence[Sequence[Target]], confidence: float = 0.95, nan_policy: str = "propagate"
 ) -> tuple[float, float]:
-    """Normal interval around the cross-entropy."""
+    """Student's interval around the cross-entropy, of the effective number of sequences less 1."""
     mean = cross_entropy(sequences, nan_policy)
-    margin = NormalDist().inv_cdf(0.5 + confidence / 2) * stderr(sequences, nan_policy)
+    weights = [math.fsum(t.weight * t.norm for t in sequence) for sequence in finite(scored(sequences))]
+    squares = math.fsum(w * w for w in weights)
+    freedom = max(math.fsum(weights) ** 2 / squares - 1, 0.25) if squares else 1.0
+    margin = float(stdtrit(freedom, 0.5 + confidence / 2)) * stderr(sequences, nan_policy)
     return mean - margin, mean + margin
 
 

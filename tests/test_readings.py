@@ -205,7 +205,11 @@ def test_stderr_is_the_ratio_estimator(batch: Batch) -> None:
     """The standard error is that of Fractions, up to what cutting sequences to units of `2**-36` can do."""
     expected, tolerance = ratio_stderr(batch)
 
-    assert same(read(*batch).cross_entropy_stderr, expected, rel=1e-14, tol=tolerance)
+    stderr = read(*batch).cross_entropy_stderr
+    if math.isnan(stderr):  # What was cut may be a thousandth of it.
+        assert math.isnan(expected) or expected <= 1001 * tolerance
+    else:
+        assert same(stderr, expected, rel=1e-14, tol=tolerance)
 
 
 @pytest.mark.parametrize("shape", [(300,), (60, 25), (40, 5, 3)])
@@ -301,9 +305,9 @@ def test_interval_without_the_non_finite() -> None:
     assert read(doubles(1.0, math.inf, 2.0), nan_policy="omit").cross_entropy_stderr == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(("confidence", "width"), [(0.95, 1.959963984540054), (0.6826894921370859, 1.0)])
+@pytest.mark.parametrize(("confidence", "width"), [(0.95, 4.302652729696142), (0.5, 0.816496580927726)])
 def test_interval(confidence: float, width: float) -> None:
-    """The interval is so many standard errors wide, and that of perplexity is its exponential."""
+    """Three sequences have 2 degrees of freedom, and the interval of perplexity is the exponential of theirs."""
     tally = tally_of(doubles(1.0, 2.0, 4.0))
     exact = ExactReading(tally.totals(), confidence=confidence)
     device = DeviceReading(tally, confidence=confidence)

@@ -46,7 +46,11 @@ def check(judge: Any) -> None:
     # S = (9, 4, 1), W = (3, 1, 2), m = 7/3: residuals 2, 5/3, -11/3.
     expected = math.sqrt(3 / 2 * (4 + 25 / 9 + 121 / 9)) / 6
     assert judge.stderr(RAGGED) == pytest.approx(expected)
-    assert judge.interval(RAGGED)[1] - judge.cross_entropy(RAGGED) == pytest.approx(1.959964 * expected)
+    # Two sequences that weigh the same: 1 degree of freedom, whose quantile is the tangent of 0.475 pi.
+    even = [[Target(1.0, weight=2.0)], [Target(3.0), Target(3.0)]]
+    assert judge.interval(even) == pytest.approx((2 - 12.706205, 2 + 12.706205))
+    # W = (1, 1, 2): 16 / 6 - 1 = 5 / 3 of them. W = (3, 1, 2): 36 / 14 - 1 = 11 / 7.
+    assert judge.interval(RAGGED)[1] - judge.cross_entropy(RAGGED) == pytest.approx(5.648190765 * expected)
     assert math.isnan(judge.stderr(RAGGED[:1]))
     assert judge.entropy([0.5, 0.25, 0.25, 0.0]) == pytest.approx(1.5 * math.log(2))
     assert judge.total_in_units([1.0, -(2.0**-65), 3 * 2.0**-65]) == 2**64 + 2
@@ -164,6 +168,11 @@ PLANTED = {
         "stderr",
         lambda: rewrite("stderr", "(s - total / weight * w)", "(s / w - total / weight)"),
     ),
+    "sequences that weigh the same": (
+        "interval",
+        lambda: rewrite("interval", "math.fsum(weights) ** 2 / squares", "len(weights)"),
+    ),
+    "tokens as degrees of freedom": ("interval", lambda: rewrite("interval", "/ squares - 1", "- 1")),
     "one-sided quantile": ("interval", lambda: rewrite("interval", "0.5 + confidence / 2", "confidence")),
     "rounded half up": (
         "total_in_units",
@@ -224,7 +233,7 @@ def test_the_judge_imports_nothing_that_it_judges() -> None:
     tree = ast.parse(Path(reference.__file__).read_text())
     modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert modules == {"math", "collections.abc", "fractions", "statistics", "typing"}
+    assert modules == {"math", "collections.abc", "fractions", "typing", "scipy.special"}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -263,4 +272,4 @@ def test_the_library_agrees_with_the_judge(seed) -> None:
         "num_nonfinite": 0,
     }
     actual = {name: value.item() for name, value in report.compute().items()}
-    assert actual == pytest.approx(expected, rel=1e-8, nan_ok=True)
+    assert actual == pytest.approx(expected, rel=1e-7, nan_ok=True)  # An interval of 57 nats is exponentiated.

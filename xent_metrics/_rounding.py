@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
-from statistics import NormalDist
 from typing import Literal
 
 Unit = Literal["nats", "bits"]
@@ -13,21 +12,6 @@ Unit = Literal["nats", "bits"]
 # Irrational functions are evaluated to 40 digits, so that rounding to a float64 happens once.
 _DECIMAL = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)
 _NATS_IN: dict[Unit, Fraction] = {"nats": Fraction(1), "bits": Fraction(_DECIMAL.ln(Decimal(2)))}
-
-
-def normal_quantile(confidence: float) -> float:
-    """Return how many standard errors on either side cover a normal mean with this probability."""
-    quantile: float = _inverse_cdf((1 - confidence) / 2)  # Of the lower tail, which no confidence rounds to 0.
-    return -quantile
-
-
-def _inverse_cdf(probability: float) -> float:
-    return NormalDist().inv_cdf(probability)
-
-
-# It is C, which compiled code cannot trace. This is all that `torch.compiler.assume_constant_result` does, but for
-# importing the compiler first, which takes a second.
-_inverse_cdf._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def nonfinite_sum(positive: int, negative: int, nan: int) -> float:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -22,7 +23,6 @@ from torch.utils.data import DataLoader
 K = 12
 NUM_TRAIN = 7
 IGNORED = -100
-NORMAL_QUANTILE = 1.959963984540054  # Of 97.5 %.
 
 Batch = tuple[Tensor, Tensor]
 Scored = tuple[Tensor, Tensor]  # Losses in float64, and their targets: a row is a sequence.
@@ -182,14 +182,15 @@ def readings_of(nats: float) -> dict[str, float]:
     }
 
 
-def bounds(batches: Iterable[Scored], quantile: float = NORMAL_QUANTILE) -> dict[str, float]:
+def bounds(batches: Iterable[Scored], confidence: float = 0.95) -> dict[str, float]:
     """The interval of the definition, over the sequences that have targets."""
     rows = [pool([row]) for wide, y in batches for row in zip(wide, y, strict=True)]
     rows = [(nats, count) for nats, count in rows if count]
     num, weight = len(rows), sum(count for _, count in rows)
     mean = math.fsum(nats for nats, _ in rows) / weight
     squares = math.fsum((nats - mean * count) ** 2 for nats, count in rows)
-    margin = quantile * math.sqrt(num / (num - 1) * squares) / weight
+    freedom = weight**2 / sum(count**2 for _, count in rows) - 1
+    margin = stats.t.isf((1 - confidence) / 2, max(freedom, 0.25)) * math.sqrt(num / (num - 1) * squares) / weight
     return {
         "cross_entropy_lower": mean - margin,
         "cross_entropy_upper": mean + margin,

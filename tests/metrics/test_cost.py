@@ -58,7 +58,7 @@ def test_update_of_a_small_batch_elsewhere(operators: Operators) -> None:
     """On an accelerator, where each operator is a kernel to start, there are some more."""
     report = CrossEntropyReport()
     assert operators_of(lambda: report.update(*BATCH), operators) <= 60
-    assert operators_of(lambda: report(*BATCH), operators) <= 95
+    assert operators_of(lambda: report(*BATCH), operators) <= 118
 
 
 @pytest.mark.parametrize(

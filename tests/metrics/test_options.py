@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
@@ -120,7 +121,7 @@ def test_report() -> None:
 
 
 def test_clustered_interval() -> None:
-    """The standard error is the ratio estimator over sequences, and the interval a normal quantile of it."""
+    """The standard error is the ratio estimator over sequences, and the interval a quantile of Student's of it."""
     losses, target = torch.rand(9, 5, dtype=torch.float64), torch.zeros(9, 5, dtype=torch.int64)
     weight = torch.rand(9, 5, dtype=torch.float64)
     report = filled(CrossEntropyReport(input="losses", confidence=0.9), [(losses, target, weight)]).compute()
@@ -128,7 +129,8 @@ def test_clustered_interval() -> None:
     mean = sums.sum() / weights.sum()
     stderr = (9 / 8 * (sums - mean * weights).square().sum()).sqrt() / weights.sum()
     assert report["cross_entropy_stderr"].item() == pytest.approx(stderr.item(), rel=1e-8)
-    upper = mean + 1.6448536269514722 * stderr
+    freedom = weights.sum().square() / weights.square().sum() - 1
+    upper = mean + stats.t.isf(0.05, freedom.item()) * stderr
     assert report["cross_entropy_upper"].item() == pytest.approx(upper.item(), rel=1e-8)
 
 

@@ -25,7 +25,8 @@ class CrossEntropyReport(LossMetric):
     The interval is that of a sample of sequences (rows of `target`; of targets, where it has one dimension): tokens of
     one text are not independent, and an interval that pretends they are is too narrow. With C sequences of positive
     weight, loss S_c and weight W_c, `m = S / W` and `se^2 = C / (C - 1) * sum((S_c - m * W_c)^2) / W^2` (the ratio
-    estimator), and a normal quantile.
+    estimator). The interval is a quantile of Student's distribution to either side, of an effective number of sequences
+    `W^2 / sum(W_c^2)` less 1; `docs/intervals.md` says what it covers.
 
     Args:
         input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"` (not renormalised), or `"losses"`: per-target
@@ -62,16 +63,17 @@ class CrossEntropyReport(LossMetric):
         `cross_entropy_lower`, `cross_entropy_upper`, `perplexity_lower`, `perplexity_upper`; and as int64 `num_tokens`
         (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`; with `token_bytes` also
         `bits_per_byte`. `xent_metrics.readings.READINGS` describes each. Without targets the floats are NaN and the
-        counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not finite, where weights
-        are too small to square (below some 1e-9 on average), and where a sequence sums to `2**26` nats or weight.
+        counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not finite, where a
+        sequence sums to `2**26` nats or weight, and where weights or deviations are too small to square (some 1e-8).
 
     Raises:
         ValueError: If an argument is not one of those named; in the first update, if `backend="compile"` finds no
             compiler; see `update` and `compute` for the rest.
 
     Source:
-        Cochran, Sampling Techniques, 3rd ed., section 2.11, for the standard error; for the rest, Shannon, A
-        Mathematical Theory of Communication, 1948.
+        Cochran, Sampling Techniques, 3rd ed., section 2.11, for the standard error; Kish, Survey Sampling, section
+        11.7, for the effective number of sequences; for the rest, Shannon, A Mathematical Theory of Communication,
+        1948.
 
     >>> metric = CrossEntropyReport()
     >>> metric.update(torch.zeros(2, 3, 8), torch.tensor([[0, 1, 2], [3, 4, -100]]))
