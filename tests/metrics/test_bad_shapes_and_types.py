@@ -97,9 +97,11 @@ def test_what_no_shape_can_tell() -> None:
     preds, target, weight = 3 * torch.randn(4, 4, K), torch.randint(K, (4, 4)), torch.rand(4)
     aligned, shifted = (functional.cross_entropy(preds, target, shift=shift).item() for shift in (False, True))
     assert aligned != shifted == functional.cross_entropy(preds[:, :-1], target[:, 1:]).item()
-    by_position, by_sequence = (functional.cross_entropy(preds, target, w).item() for w in (weight, weight[:, None]))
+    by_position, by_sequence = (
+        functional.cross_entropy(preds, target, weight=w).item() for w in (weight, weight[:, None])
+    )
     assert by_position != by_sequence
-    assert by_position == functional.cross_entropy(preds, target, weight.expand(4, 4)).item()
+    assert by_position == functional.cross_entropy(preds, target, weight=weight.expand(4, 4)).item()
 
 
 @row("classes on another dimension that has as many entries (T = V)")

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def tally_batch(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     class_weight: Tensor | None = None,
     token_bytes: Tensor | None = None,
@@ -140,8 +140,8 @@ class CrossEntropy(LossMetric):
 def cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     class_weight: Tensor | None = None,
@@ -217,7 +217,7 @@ def cross_entropy(
         backend=backend,
     )
     return read_batch(
-        tally_batch(preds, target, weight, options=options, class_weight=class_weight), nan_policy
+        tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight), nan_policy
     ).in_unit(unit)
 
 
@@ -294,8 +294,8 @@ def per_target_losses(
 def tally(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     class_weight: Tensor | None = None,
@@ -362,5 +362,5 @@ def tally(
         backend=backend,
     )
     check_class_weight(class_weight, input)
-    batch = tally_batch(preds, target, weight, options=options, class_weight=class_weight)
+    batch = tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight)
     return Tally.zero(batch.state.device) + batch

@@ -37,8 +37,8 @@ def tally_difference(
     preds_a: Tensor | LinearLogits,
     preds_b: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     sequence_group: ProcessGroup | None = None,
 ) -> Tally:
@@ -119,6 +119,7 @@ class CrossEntropyDifference(TallyMetric):
     """
 
     plot_lower_bound = None
+    _NUM_POSITIONAL = 3
     _tally_function = staticmethod(tally_difference)
 
     def __init__(
@@ -145,6 +146,7 @@ class CrossEntropyDifference(TallyMetric):
         preds_a: Tensor | LinearLogits,
         preds_b: Tensor | LinearLogits,
         target: Tensor,
+        *,
         weight: Tensor | None = None,
     ) -> None:
         """Add a batch.
@@ -165,7 +167,7 @@ class CrossEntropyDifference(TallyMetric):
                 `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
                 `compute` raises). The state is then as it was.
         """
-        self._add_batch(preds_a, preds_b, target, weight)
+        self._add_batch(preds_a, preds_b, target, weight=weight)
 
     def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
         self, preds_a: Tensor | LinearLogits, preds_b: Tensor | LinearLogits, *_: Any, **__: Any
@@ -181,8 +183,8 @@ def cross_entropy_difference(
     preds_a: Tensor | LinearLogits,
     preds_b: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     ignore_index: int | None = -100,
@@ -250,5 +252,7 @@ def cross_entropy_difference(
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    reading = read_batch(tally_difference(preds_a, preds_b, target, weight, options=options), nan_policy, confidence)
+    reading = read_batch(
+        tally_difference(preds_a, preds_b, target, weight=weight, options=options), nan_policy, confidence
+    )
     return {called: getattr(reading, name) for called, name in _READ_AS.items()}

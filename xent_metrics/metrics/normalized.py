@@ -24,8 +24,8 @@ from xent_metrics.tally import GroupTally, tally_groups
 def tally_by_class(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     num_classes: int,
 ) -> GroupTally:
@@ -152,8 +152,8 @@ class NormalizedCrossEntropy(LossMetric):
 def normalized_cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     num_classes: int,
     input: Input = "logits",
     class_dim: int = -1,
@@ -211,5 +211,5 @@ def normalized_cross_entropy(
     check_num_classes("num_classes", num_classes, 2)
     check_reading(nan_policy)
     options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
-    batch = tally_by_class(preds, target, weight, options=options, num_classes=num_classes)
+    batch = tally_by_class(preds, target, weight=weight, options=options, num_classes=num_classes)
     return _normalized_on_device(read_batch(batch, nan_policy))
