@@ -124,7 +124,7 @@ def test_losses_of_a_head(dtype: torch.dtype) -> None:
     """Logits that are made where they are scored."""
     preds, target = make_head(dtype)
     expected = per_target_losses(preds, target)
-    found = per_target_losses(LinearLogits(*(x.to(DEVICE) for x in preds)), target.to(DEVICE))
+    found = per_target_losses(preds.to(DEVICE), target.to(DEVICE))
     assert_same_losses(found, expected)
 
 
@@ -222,7 +222,7 @@ def test_many_rows_never_wait(layout: str, soft: bool) -> None:
 def test_a_head_never_waits() -> None:
     """All of its rows are multiplied."""
     preds, target = make_head(torch.float32)
-    there, target = LinearLogits(*(x.to(DEVICE) for x in preds)), target.to(DEVICE)
+    there, target = preds.to(DEVICE), target.to(DEVICE)
     metric = CrossEntropy().to(DEVICE)
     with never_waiting():
         metric.update(there, target)
