@@ -6,6 +6,8 @@ is given once, such as a class weight; those of a batch get a status each (`loss
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -87,10 +89,12 @@ def as_token_table(token_bytes: Tensor) -> Tensor:
     return table
 
 
-def check_num_classes(name: str, value: int, minimum: int = 1) -> None:
-    """Raise unless a number of classes or groups is a number of some."""
-    if not is_integer(value) or value < minimum:
+def as_num_classes(name: str, value: Any, minimum: int = 1) -> int:
+    """Return a number of classes or groups as a Python number; raise unless it is a number of some."""
+    number = as_plain(value)
+    if not is_integer(number) or number < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    return int(number)
 
 
 def check_tensors(
@@ -181,8 +185,10 @@ def check_hard(target: Tensor, reason: str) -> None:
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}: {reason}.")
 
 
-def check_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> None:
-    """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers; look at them only if asked to."""
+def as_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> int | Tensor:
+    """Return a number of bytes, or a tensor of such numbers; raise unless it is one, and look only if asked to."""
+    if not isinstance(num_bytes, Tensor):
+        num_bytes = as_plain(num_bytes)
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
@@ -200,6 +206,7 @@ def check_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> None
         raise ValueError(
             f"`num_bytes` must not be negative (and below 2**47), got {num_bytes}; count the UTF-8 bytes of the text."
         )
+    return num_bytes
 
 
 def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None:
@@ -316,6 +323,20 @@ def without(shape: torch.Size, dim: int) -> torch.Size:
 def is_integral(x: Tensor) -> bool:
     """Return whether a tensor holds integers, which booleans are not."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def as_plain(value: Any) -> Any:
+    """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return value if type(value) in (int, float) else int(value) if isinstance(value, int) else float(value)
+    if str(getattr(value, "dtype", "")).endswith("bool"):  # Which some have an index of.
+        return value
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        return float(value) if isinstance(value, Real) else value
 
 
 def is_integer(value: Any) -> bool:

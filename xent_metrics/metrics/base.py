@@ -19,7 +19,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_token_table, describe, on_host
+from xent_metrics._validate import as_plain, as_token_table, describe, on_host
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
@@ -115,6 +115,7 @@ class TallyMetric(Metric):
         # Whether a rank has a value in store must not decide whether it meets the others in the next `compute`.
         kwargs.setdefault("compute_with_cache", False)
         super().__init__(**kwargs)
+        confidence = as_plain(confidence)
         check_reading(nan_policy, confidence)
         decides = {"options": options, **(decides or {})}
         check_group_of_ranks("sequence_group", decides.get("sequence_group"))

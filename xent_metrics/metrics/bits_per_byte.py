@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import BYTES_LIMIT, as_token_table, check_num_bytes, check_omitted_bytes
+from xent_metrics._validate import BYTES_LIMIT, as_num_bytes, as_token_table, check_omitted_bytes
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -41,7 +41,7 @@ def tally_per_byte(
             raise_mistakes(losses, preds, target, options, weights, len(token_bytes))
             return tally_losses(losses)
         assert num_bytes is not None
-        check_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
+        num_bytes = as_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
         losses = losses.weighted(weights)
         raise_mistakes(losses, preds, target, options, weights)
         if isinstance(num_bytes, Tensor):

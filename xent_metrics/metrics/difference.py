@@ -10,6 +10,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._validate import as_plain
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -248,6 +249,7 @@ def cross_entropy_difference(
     >>> cross_entropy_difference(uniform, certain, torch.arange(4))["difference"]  # -log(8)
     tensor(-2.0794, dtype=torch.float64)
     """
+    confidence = as_plain(confidence)
     check_reading(nan_policy, confidence)
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend

@@ -10,7 +10,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics._rounding import Unit
-from xent_metrics._validate import check_class_weight, check_num_classes, on_host
+from xent_metrics._validate import as_num_classes, check_class_weight, on_host
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOver
 from xent_metrics.losses.score import score_batch
@@ -116,7 +116,7 @@ class GroupedCrossEntropy(TallyMetric):
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
-        check_num_classes("num_groups", num_groups)
+        num_groups = as_num_classes("num_groups", num_groups)
         check_class_weight(on_host(class_weight), input)
         options = LossOptions(
             input=input,
@@ -247,7 +247,7 @@ def grouped_cross_entropy(
     tensor([2.0794,    nan, 2.0794], dtype=torch.float64)
     """
     check_unit(unit)
-    check_num_classes("num_groups", num_groups)
+    num_groups = as_num_classes("num_groups", num_groups)
     check_class_weight(class_weight, input)
     check_reading(nan_policy)
     options = LossOptions(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import check_hard, check_num_classes
+from xent_metrics._validate import as_num_classes, check_hard
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -140,7 +140,7 @@ class NormalizedCrossEntropy(LossMetric):
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
-        check_num_classes("num_classes", num_classes, 2)
+        num_classes = as_num_classes("num_classes", num_classes, 2)
         options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
         zero, decides = GroupTally.zero(num_classes), {"num_classes": num_classes}
         super().__init__(options, nan_policy, zero=zero, decides=decides, **kwargs)
@@ -208,7 +208,7 @@ def normalized_cross_entropy(
     >>> normalized_cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]), num_classes=2)
     tensor(1., dtype=torch.float64)
     """
-    check_num_classes("num_classes", num_classes, 2)
+    num_classes = as_num_classes("num_classes", num_classes, 2)
     check_reading(nan_policy)
     options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
     batch = tally_by_class(preds, target, weight=weight, options=options, num_classes=num_classes)
