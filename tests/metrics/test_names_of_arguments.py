@@ -78,3 +78,37 @@ def test_a_collection_gives_each_metric_its_own(call: str) -> None:
     torch.testing.assert_close(collection["GroupedCrossEntropy"].compute(), expected)
     with pytest.raises(TypeError, match="must be passed by name"):
         getattr(collection, call)(*batch, mask)
+
+
+OTHERS = {
+    "reduction": ("mean", "leave it out"),
+    "weight": (torch.ones(K), "update(preds, target, weight=...)"),
+    "dim": (1, "class_dim=..."),
+    "axis": (1, "class_dim=..."),
+    "from_logits": (True, "input='logits' or input='probs'"),
+    "log_base": (2, "BitsPerToken"),
+    "num_classes": (K, "since `preds` have it"),
+    "num_outputs": (1, "since `preds` have it"),
+}
+
+
+@pytest.mark.parametrize("argument", OTHERS)
+@each_kind
+def test_names_of_other_libraries(name: str, argument: str) -> None:
+    """An argument that is called something else here is refused with what does the same."""
+    value, fix = OTHERS[argument]
+    if argument in inspect.signature(KINDS[name].metric).parameters:
+        assert KINDS[name].make(**{argument: value})
+        return
+    message = raised(ValueError, lambda: KINDS[name].make(**{argument: value}))
+    assert message.startswith(f"`{argument}` must not be passed to {KINDS[name].metric.__name__}")
+    assert fix in message
+
+
+@each_kind
+def test_options_of_other_classes(name: str) -> None:
+    """So is an option that only other classes have, and none that this one has is in the way."""
+    every = {option for quantity in QUANTITIES.values() for option in quantity.options(quantity.metric)}
+    for option in sorted(every - {*inspect.signature(KINDS[name].metric).parameters}):
+        message = raised(ValueError, lambda o=option: KINDS[name].make(**{o: 1}))
+        assert message.startswith(f"`{option}` must not be passed to ")

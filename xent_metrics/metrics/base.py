@@ -25,6 +25,7 @@ from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
+from xent_metrics.metrics.other_names import check_names
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
@@ -110,10 +111,12 @@ class TallyMetric(Metric):
         confidence: float = 0.95,
         zero: Tally | GroupTally | None = None,
         decides: Mapping[str, Any] | None = None,
+        /,  # So that no class takes them by these names without saying so.
         **kwargs: Any,
     ) -> None:
         # Whether a rank has a value in store must not decide whether it meets the others in the next `compute`.
         kwargs.setdefault("compute_with_cache", False)
+        check_names(type(self).__name__, kwargs)
         super().__init__(**kwargs)
         confidence = as_plain(confidence)
         check_reading(nan_policy, confidence)
