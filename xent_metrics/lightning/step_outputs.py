@@ -191,7 +191,9 @@ class OutputReader:
 
 def _moved(numbers: Any, device: torch.device) -> Tensor:
     """Return numbers as a tensor on a device, without waiting for the copy."""
-    return torch.as_tensor(numbers).to(device, non_blocking=True)
+    numbers = numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, device="cpu")
+    moved: Tensor = numbers.to(device, non_blocking=True)
+    return moved
 
 
 def _as_mean(step: str, loss: Any, num_tokens: Any) -> MeanOutput:
@@ -235,5 +237,5 @@ def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
             )
         token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
     if isinstance(token_bytes, list | tuple) and all(is_integer(as_plain(x)) for x in token_bytes):
-        token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64)
+        token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64, device="cpu")
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.

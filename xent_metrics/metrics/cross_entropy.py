@@ -288,6 +288,8 @@ def per_target_losses(
     loss, status = losses.loss, losses.status
     if status is not None:
         loss = loss.masked_fill(status == IGNORED, 0.0).masked_fill((status != SCORED) & (status != IGNORED), math.nan)
+    if input == "losses":
+        loss = loss.detach().clone()  # They may be those of the caller, with their graph.
     return loss.reshape(target_shape(target, options))
 
 
