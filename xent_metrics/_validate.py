@@ -157,6 +157,7 @@ def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) 
 
 def check_weight(weight: Tensor, shape: torch.Size, preds: Tensor) -> None:
     """Raise unless `weight` is a tensor of numbers or booleans for targets of this shape."""
+    check_not_nested("weight", weight)
     if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
         raise TypeError(
             f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}; make it with "
@@ -189,6 +190,7 @@ def as_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> int | T
     """Return a number of bytes, or a tensor of such numbers; raise unless it is one, and look only if asked to."""
     if not isinstance(num_bytes, Tensor):
         num_bytes = as_plain(num_bytes)
+    check_not_nested("num_bytes", num_bytes)
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
@@ -220,6 +222,7 @@ def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None
 
 def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:
     """Raise unless `group` is a tensor of integers for targets of this shape."""
+    check_not_nested("group", group)
     if not isinstance(group, Tensor) or not is_integral(group) or group.layout != torch.strided:
         raise TypeError(f"`group` must be a dense tensor of integers, got {describe(group)}; convert it with .long().")
     check_device("group", group, preds)
@@ -243,7 +246,17 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
         )
 
 
+def check_not_nested(name: str, value: Any) -> None:
+    """Raise if a value is a nested tensor, of which the strided ones do not even have a shape."""
+    if isinstance(value, Tensor) and value.is_nested:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got a nested one of {value.dtype} and layout {value.layout}; pass "
+            f"torch.cat({name}.unbind()), and the others alike."
+        )
+
+
 def _check_dense(name: str, value: Tensor) -> None:
+    check_not_nested(name, value)
     if value.layout != torch.strided:
         raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
 
@@ -309,6 +322,8 @@ def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> 
 def describe(value: Any) -> str:
     """Return what was passed, for an error message."""
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested tensor of {value.dtype}"
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"

@@ -262,3 +262,20 @@ def test_a_metric_on_another_device_than_its_batch(name: str, devices: tuple[str
     assert all(device in message for device in devices)
     assert metric.update_count == 0
     assert metric.tally.state.device.type == devices[0]
+
+
+@row("nested tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@each_call
+@each_kind
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(name: str, layout: torch.layout, call: str) -> None:
+    """What is refused is said to be nested, with what makes one dense tensor of it."""
+    good = {**make_batch(name), "weight": ones()}
+    for key in KINDS[name].arguments:
+        if key == "num_bytes":
+            continue
+        bad = {**good, key: torch.nested.nested_tensor([*good[key]], layout=layout)}
+        message = assert_no_trace(name, call, bad, KINDS[name].options, good, TypeError)
+        assert "must be a dense tensor, got a nested one" in message
+        assert "unbind()" in message

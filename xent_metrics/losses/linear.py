@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent_metrics._validate import FLOATS, describe
+from xent_metrics._validate import FLOATS, check_not_nested, describe
 from xent_metrics.distributed import is_dtensor
 
 
@@ -176,6 +176,7 @@ def _check_factor(name: str, value: Any) -> None:
             f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
             "logits as a DTensor."
         )
+    check_not_nested(name, value)
     if value.layout != torch.strided:
         raise TypeError(
             f"`{name}` of `preds` must be a dense tensor, got layout {value.layout}; call .to_dense() on it."
