@@ -307,6 +307,11 @@ class Quantity(NamedTuple):
     soft: bool = True
     required: Options = {}  # noqa: RUF012  # A default of a named tuple, which nothing changes.
 
+    @property
+    def positional(self) -> tuple[str, ...]:
+        """Return the arguments that may come by position: predictions, and then targets."""
+        return self.arguments[: self.arguments.index("target") + 1]
+
     def options(self, form: Callable[..., Any]) -> set[str]:
         """Return the names of the options of the function or of the metric."""
         return {*_names(form)} - set(self.arguments)
@@ -386,6 +391,11 @@ class Case(NamedTuple):
     def expected(self, *batches: Batch) -> Any:
         """Judge all the data at once."""
         return self.judge(self.options, together(list(batches)))
+
+
+def named(call: Callable[..., Any], *values: Any) -> Batch:
+    """Name the arguments of a call, which are in the order of its signature."""
+    return dict(zip(inspect.signature(call).parameters, values, strict=False))
 
 
 def filled(metric: Any, *batches: Batch) -> Any:

@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 def tally_of(losses: Tensor, weight: Tensor | None = None) -> Tally:
     """Tally losses that are all scored."""
-    return functional.tally(losses, torch.zeros_like(losses, dtype=torch.int64), weight, input="losses")
+    return functional.tally(losses, torch.zeros_like(losses, dtype=torch.int64), weight=weight, input="losses")
 
 
 @cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import CASES, FORMS, Case, Form, filled, numbers
+from tests.cases import CASES, FORMS, Case, Form, filled, named, numbers
 from tests.conftest import copy_constants
 from tests.losses.test_ignored_rows import LAYOUTS, MASKS
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Tally, functional
@@ -131,7 +131,7 @@ def test_losses_of_a_head(dtype: torch.dtype) -> None:
     """Logits that are made where they are scored."""
     preds, target = make_head(dtype)
     expected = per_target_losses(preds, target)
-    found = per_target_losses(LinearLogits(*(x.to(DEVICE) for x in preds)), target.to(DEVICE))
+    found = per_target_losses(preds.to(DEVICE), target.to(DEVICE))
     assert_same_losses(found, expected)
 
 
@@ -160,8 +160,8 @@ def test_counts(shift: bool, weighing: torch.dtype | None) -> None:
     target[3, 4:6] = 7
     weight = None if weighing is None else (2 * torch.rand(6, 20) - 0.5).clamp(min=0).to(weighing)
     metric, other = CrossEntropyReport(shift=shift), CrossEntropyReport(shift=shift).to(DEVICE)
-    metric.update(preds, target, weight)
-    other.update(*moved({"preds": preds, "target": target, "weight": weight}).values())
+    metric.update(preds, target, weight=weight)
+    other.update(**moved({"preds": preds, "target": target, "weight": weight}))
     assert_same_tally(other.tally, metric.tally)
     assert other.tally.totals().weight == metric.tally.totals().weight
 
@@ -229,7 +229,7 @@ def test_many_rows_never_wait(layout: str, soft: bool) -> None:
 def test_a_head_never_waits() -> None:
     """All of its rows are multiplied."""
     preds, target = make_head(torch.float32)
-    there, target = LinearLogits(*(x.to(DEVICE) for x in preds)), target.to(DEVICE)
+    there, target = preds.to(DEVICE), target.to(DEVICE)
     metric = CrossEntropy().to(DEVICE)
     with never_waiting():
         metric.update(there, target)
@@ -241,16 +241,16 @@ def test_what_is_wrong_raises_when_it_is_read() -> None:
     """A target out of range, an improper probability and a negative weight are counted and raise from `compute`."""
     preds, target = torch.rand(4, 5, device=DEVICE), torch.tensor([0, 1, 5, -100], device=DEVICE)
     improper = torch.full((4, 5), 1.5, device=DEVICE)
-    for args, options, text in (
+    for batch, options, text in (
         ((preds, target), {}, "`target` must hold .* but 1 targets were outside"),
         ((improper, target.clamp(max=4)), {"input": "probs"}, "`preds` must hold .* but those of 3 targets did not"),
         ((preds, target.clamp(max=4), -torch.ones_like(preds[:, 0])), {}, "`weight` must hold .* but 3 were not"),
     ):
         metric = CrossEntropy(**options).to(DEVICE)
         with never_waiting():
-            metric.update(*args)
-            assert functional.cross_entropy(*args, **options).device.type == DEVICE
-        assert functional.cross_entropy(*args, **options).isnan()
+            metric.update(**named(metric.update, *batch))
+            assert functional.cross_entropy(**named(metric.update, *batch), **options).device.type == DEVICE
+        assert functional.cross_entropy(**named(metric.update, *batch), **options).isnan()
         with pytest.raises(ValueError, match=text):
             metric.compute()
 

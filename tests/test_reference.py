@@ -247,7 +247,7 @@ def test_the_library_agrees_with_the_judge(seed) -> None:
     weight = torch.rand(target.shape, generator=generator, dtype=torch.float64)
     report = CrossEntropyReport()
     for rows in range(num_sequences):
-        report.update(logits[rows : rows + 1], target[rows : rows + 1], weight[rows : rows + 1])
+        report.update(logits[rows : rows + 1], target[rows : rows + 1], weight=weight[rows : rows + 1])
     rows = zip(logits.tolist(), target.tolist(), weight.tolist(), strict=True)
     sequences = [
         [

@@ -6,6 +6,8 @@ is given once, such as a class weight; those of a batch get a status each (`loss
 
 from __future__ import annotations
 
+import operator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -87,10 +89,12 @@ def as_token_table(token_bytes: Tensor) -> Tensor:
     return table
 
 
-def check_num_classes(name: str, value: int, minimum: int = 1) -> None:
-    """Raise unless a number of classes or groups is a number of some."""
-    if not is_integer(value) or value < minimum:
+def as_num_classes(name: str, value: Any, minimum: int = 1) -> int:
+    """Return a number of classes or groups as a Python number; raise unless it is a number of some."""
+    number = as_plain(value)
+    if not is_integer(number) or number < minimum:
         raise ValueError(f"`{name}` must be an integer of at least {minimum}, got {value!r}.")
+    return int(number)
 
 
 def check_tensors(
@@ -153,6 +157,7 @@ def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) 
 
 def check_weight(weight: Tensor, shape: torch.Size, preds: Tensor) -> None:
     """Raise unless `weight` is a tensor of numbers or booleans for targets of this shape."""
+    check_not_nested("weight", weight)
     if not isinstance(weight, Tensor) or weight.is_complex() or weight.layout != torch.strided:
         raise TypeError(
             f"`weight` must be a dense tensor of real numbers or booleans, got {describe(weight)}; make it with "
@@ -181,8 +186,11 @@ def check_hard(target: Tensor, reason: str) -> None:
         raise TypeError(f"`target` must hold integer class indices, got {target.dtype}: {reason}.")
 
 
-def check_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> None:
-    """Raise unless `num_bytes` is a number of bytes, or a tensor of such numbers; look at them only if asked to."""
+def as_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> int | Tensor:
+    """Return a number of bytes, or a tensor of such numbers; raise unless it is one, and look only if asked to."""
+    if not isinstance(num_bytes, Tensor):
+        num_bytes = as_plain(num_bytes)
+    check_not_nested("num_bytes", num_bytes)
     if isinstance(num_bytes, Tensor):
         if not is_integral(num_bytes):
             raise TypeError(f"`num_bytes` must hold integers, got {describe(num_bytes)}; convert it with .long().")
@@ -200,6 +208,7 @@ def check_num_bytes(num_bytes: int | Tensor, preds: Tensor, looks: bool) -> None
         raise ValueError(
             f"`num_bytes` must not be negative (and below 2**47), got {num_bytes}; count the UTF-8 bytes of the text."
         )
+    return num_bytes
 
 
 def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None:
@@ -213,6 +222,7 @@ def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None
 
 def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:
     """Raise unless `group` is a tensor of integers for targets of this shape."""
+    check_not_nested("group", group)
     if not isinstance(group, Tensor) or not is_integral(group) or group.layout != torch.strided:
         raise TypeError(f"`group` must be a dense tensor of integers, got {describe(group)}; convert it with .long().")
     check_device("group", group, preds)
@@ -236,7 +246,17 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
         )
 
 
+def check_not_nested(name: str, value: Any) -> None:
+    """Raise if a value is a nested tensor, of which the strided ones do not even have a shape."""
+    if isinstance(value, Tensor) and value.is_nested:
+        raise TypeError(
+            f"`{name}` must be a dense tensor, got a nested one of {value.dtype} and layout {value.layout}; pass "
+            f"torch.cat({name}.unbind()), and the others alike."
+        )
+
+
 def _check_dense(name: str, value: Tensor) -> None:
+    check_not_nested(name, value)
     if value.layout != torch.strided:
         raise TypeError(f"`{name}` must be a dense tensor, got layout {value.layout}; call .to_dense() on it.")
 
@@ -302,6 +322,8 @@ def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> 
 def describe(value: Any) -> str:
     """Return what was passed, for an error message."""
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested tensor of {value.dtype}"
         return f"a tensor of {value.dtype} and shape {tuple(value.shape)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
@@ -316,6 +338,20 @@ def without(shape: torch.Size, dim: int) -> torch.Size:
 def is_integral(x: Tensor) -> bool:
     """Return whether a tensor holds integers, which booleans are not."""
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def as_plain(value: Any) -> Any:
+    """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return value if type(value) in (int, float) else int(value) if isinstance(value, int) else float(value)
+    if str(getattr(value, "dtype", "")).endswith("bool"):  # Which some have an index of.
+        return value
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        return float(value) if isinstance(value, Real) else value
 
 
 def is_integer(value: Any) -> bool:

@@ -72,9 +72,9 @@ def token_byte_lengths(tokenizer: Any) -> Tensor:
         lengths = _tiktoken_lengths(tokenizer)
     else:
         lengths = _fast_lengths(_pipeline(tokenizer))
-    table = torch.zeros(max(lengths, default=-1) + 1, dtype=torch.int64)
+    table = torch.zeros(max(lengths, default=-1) + 1, dtype=torch.int64, device="cpu")
     if lengths:
-        table[list(lengths)] = torch.tensor(list(lengths.values()))
+        table[torch.tensor(list(lengths), device="cpu")] = torch.tensor(list(lengths.values()), device="cpu")
     return table
 
 

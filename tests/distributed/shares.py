@@ -125,14 +125,14 @@ def error(call: Callable[[], object]) -> str:
 
 
 FUNCTIONS: dict[str, Callable[[Data], object]] = {
-    "cross_entropy": lambda d: functional.cross_entropy(d.logits, d.target, d.weight),
+    "cross_entropy": lambda d: functional.cross_entropy(d.logits, d.target, weight=d.weight),
     "bits_per_token": lambda d: functional.bits_per_token(d.logits, d.target),
     "perplexity": lambda d: functional.perplexity(d.logits, d.target),
     "bits_per_byte": lambda d: functional.bits_per_byte(d.logits, d.target, token_bytes=TOKEN_BYTES),
     "binary_cross_entropy": lambda d: functional.binary_cross_entropy(d.score, d.label),
     "cross_entropy_decomposition": lambda d: functional.cross_entropy_decomposition(d.logits, d.soft),
     "grouped_cross_entropy": lambda d: functional.grouped_cross_entropy(
-        d.logits, d.target, d.group, num_groups=NUM_GROUPS
+        d.logits, d.target, group=d.group, num_groups=NUM_GROUPS
     ),
     "normalized_cross_entropy": lambda d: functional.normalized_cross_entropy(d.logits, d.target, num_classes=K),
     "cross_entropy_difference": lambda d: functional.cross_entropy_difference(d.logits, d.other, d.target),

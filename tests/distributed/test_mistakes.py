@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tests.cases import TOKEN_BYTES, K
+from tests.cases import TOKEN_BYTES, K, named
 from tests.distributed.ranks import Collectives, run_ranks
 from xent_metrics import (
     BinaryCrossEntropy,
@@ -67,7 +67,7 @@ def mistakes() -> dict[str, Mistake]:
             (probs, target),
             (probs * 2, target),
             "ValueError: `preds` must hold probabilities in [0, 1]",
-            lambda *args: functional.cross_entropy(*args, input="probs"),
+            lambda **batch: functional.cross_entropy(**batch, input="probs"),
         ),
         "soft target": Mistake(
             CrossEntropyDecomposition,
@@ -88,21 +88,21 @@ def mistakes() -> dict[str, Mistake]:
             (logits, target, zeros),
             (logits, target, zeros - 1),
             "ValueError: `group` must hold integers",
-            lambda *args: functional.grouped_cross_entropy(*args, num_groups=K),
+            lambda **batch: functional.grouped_cross_entropy(**batch, num_groups=K),
         ),
         "class": Mistake(
             lambda: NormalizedCrossEntropy(K),
             (logits, target),
             (logits, target + K),
             "ValueError: `target` must hold class indices",
-            lambda *args: functional.normalized_cross_entropy(*args, num_classes=K),
+            lambda **batch: functional.normalized_cross_entropy(**batch, num_classes=K),
         ),
         "token": Mistake(
             lambda: BitsPerByte(token_bytes=TOKEN_BYTES + 1),
             (logits, target),
             (logits, target + K),
             "ValueError: `target` must hold class indices",
-            lambda *args: functional.bits_per_byte(*args, token_bytes=TOKEN_BYTES + 1),
+            lambda **batch: functional.bits_per_byte(**batch, token_bytes=TOKEN_BYTES + 1),
         ),
         "bytes": Mistake(
             BitsPerByte,
@@ -122,7 +122,7 @@ def mistakes() -> dict[str, Mistake]:
             (logits, target),
             (infinite, target),
             "ValueError: ",
-            lambda *args: functional.cross_entropy(*args, nan_policy="raise"),
+            lambda **batch: functional.cross_entropy(**batch, nan_policy="raise"),
         ),
     }
 
@@ -136,24 +136,26 @@ def make_mistake(rank: int, mistake: Mistake) -> dict[str, Any]:
     """Make a mistake, and go on."""
     seen: dict[str, Any] = {}
     metric = mistake.make()
-    metric.update(*mistake.good)
+    metric.update(**named(metric.update, *mistake.good))
     if rank < 2:
         batch = mistake.bad if rank == 1 else mistake.good
-        seen["update"] = error(lambda: metric.update(*batch))
-        seen["forward"] = error(lambda: mistake.make()(*batch))
+        seen["update"] = error(lambda: metric.update(**named(metric.update, *batch)))
+        seen["forward"] = error(lambda: mistake.make()(**named(metric.update, *batch)))
     before = metric.tally.state.clone()
     with Collectives() as collectives:
         seen["compute"] = [error(metric.compute) for _ in range(2)]
         seen["together"] = error(lambda: compute_together({"": metric}))
         seen["collectives"] = len(collectives.taken())
         if mistake.function is not None:
-            seen["function"] = error(lambda: mistake.function(*(mistake.bad if rank == 1 else mistake.good)))
+            seen["function"] = error(
+                lambda: mistake.function(**named(metric.update, *(mistake.bad if rank == 1 else mistake.good)))
+            )
         seen["collectives of the function"] = len(collectives.taken())
     seen["intact"] = torch.equal(metric.tally.state, before) and not metric._is_synced
-    metric.update(*mistake.good)
+    metric.update(**named(metric.update, *mistake.good))
     seen["compute after an update"] = error(metric.compute)
     metric.reset()
-    metric.update(*mistake.good)
+    metric.update(**named(metric.update, *mistake.good))
     seen["healed"] = bits(metric.compute())
     return seen
 
@@ -168,7 +170,7 @@ def test_mistake_on_one_rank(tmp_path: Path) -> None:
     for name, mistake in mistakes().items():
         metric = mistake.make()
         for _ in range(3):
-            metric.update(*mistake.good)
+            metric.update(**named(metric.update, *mistake.good))
         said = {text for seen in ranks for text in (*seen[name]["compute"], seen[name]["together"])}
 
         assert len(said) == 1, name
@@ -188,7 +190,7 @@ def test_mistake_on_one_rank(tmp_path: Path) -> None:
 def make_other_mistakes(rank: int) -> dict[str, list[str]]:
     """Pass a negative number of bytes on rank 1, and a target out of range to `per_target_losses` on both."""
     data, metric = make_data(), BitsPerByte()
-    raised = error(lambda: metric.update(data.logits, data.target, -1 if rank == 1 else 1))
+    raised = error(lambda: metric.update(data.logits, data.target, num_bytes=-1 if rank == 1 else 1))
     losses = error(lambda: functional.per_target_losses(data.logits, data.target + K))
     return {"bytes": [raised, error(metric.compute)], "losses": losses}
 

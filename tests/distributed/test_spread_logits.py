@@ -127,9 +127,9 @@ def score_cases(rank: int, sizes: list[int]) -> dict[str, Any]:
     for num_classes in sizes:
         for name, (logits, target, weight, options) in cases(num_classes):
             spread_logits = spread(logits, mesh, options.get("class_dim", -1))
-            whole = functional.tally(logits, target, weight, **options)
+            whole = functional.tally(logits, target, weight=weight, **options)
             with Collectives() as collectives:
-                parts = functional.tally(spread_logits, target, weight, **options)
+                parts = functional.tally(spread_logits, target, weight=weight, **options)
             seen[f"{num_classes}: {name}"] = (whole.totals(), parts.totals(), collectives.taken())
     return seen
 

@@ -112,7 +112,7 @@ def test_equal_to_pytorch_in_float64(dtype: torch.dtype, layout: str) -> None:
             norm = weights * (target.long() != judged_ignore)
             if class_weight is not None:
                 norm = norm * class_weight.double()[target.long().clamp(0, K - 1)]
-        value = cross_entropy(preds, target, weight, **settings)
+        value = cross_entropy(preds, target, weight=weight, **settings)
         pooled = (expected * weights).sum() / norm.sum()
         torch.testing.assert_close(value, pooled, equal_nan=True, **close)
 
@@ -325,7 +325,7 @@ def test_bad_logits_stay_in_their_row(bad: float, options: dict[str, Any]) -> No
     assert losses[0, 1].isnan()
     keep = torch.tensor([[True, False, True], [True, True, True]])
     assert torch.equal(losses[keep], clean[keep])
-    masked = cross_entropy(preds, target, keep, **options)
+    masked = cross_entropy(preds, target, weight=keep, **options)
     target[0, 1] = -100
     assert cross_entropy(preds, target, **options).item() == masked.item()
     assert math.isfinite(masked.item())
@@ -347,7 +347,7 @@ def test_losses_have_no_graph() -> None:
     preds = torch.randn(3, K, requires_grad=True)
     target = torch.rand(3, K, requires_grad=True).softmax(-1)
     assert not per_target_losses(preds, target).requires_grad
-    assert not cross_entropy(preds, target, torch.rand(3, requires_grad=True)).requires_grad
+    assert not cross_entropy(preds, target, weight=torch.rand(3, requires_grad=True)).requires_grad
 
 
 _X, _Y, _M = torch.zeros(3, K), torch.zeros(3, dtype=torch.int64), torch.ones(3)
@@ -447,4 +447,4 @@ def test_errors_say_what_would_fit(
 ) -> None:
     """An error names the argument, the rule, what was passed and what would do."""
     with pytest.raises(error, match=text):
-        cross_entropy(preds, target, weight, **options)
+        cross_entropy(preds, target, weight=weight, **options)

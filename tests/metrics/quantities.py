@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.cases import named
+
 K, T, ROWS, GROUPS = 6, 5, 9, 4
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
@@ -25,7 +27,7 @@ def bits(value: Any) -> Any:
 def filled(metric: Any, batches: Any) -> Any:
     """Update a metric with batches."""
     for batch in batches:
-        metric.update(*batch)
+        metric.update(**named(metric.update, *batch))
     return metric
 
 

@@ -229,10 +229,10 @@ def test_two_sources_of_bytes_or_none(call: str) -> None:
     metric = BitsPerByte(token_bytes=TABLE)
     args = good["preds"], good["target"]
     for num_bytes in (9, 0, torch.tensor(9)):
-        message = raised(ValueError, lambda n=num_bytes: getattr(metric, call)(*args, n))
+        message = raised(ValueError, lambda n=num_bytes: getattr(metric, call)(*args, num_bytes=n))
         assert "got both; pass the table once" in message
         assert metric.update_count == metric.tally.state.abs().sum() == 0
-        raised(ValueError, lambda n=num_bytes: functional.bits_per_byte(*args, n, token_bytes=TABLE))
+        raised(ValueError, lambda n=num_bytes: functional.bits_per_byte(*args, num_bytes=n, token_bytes=TABLE))
     raised(ValueError, lambda: functional.bits_per_byte(*args))
 
 
@@ -295,7 +295,7 @@ def test_many_bytes_do_not_overflow() -> None:
     metric = BitsPerByte()
     try:
         for _ in range(4):
-            assert metric(batch["preds"], batch["target"], 2**63 - 1).item() >= 0
+            assert metric(batch["preds"], batch["target"], num_bytes=2**63 - 1).item() >= 0
     except ValueError:
         return
     assert metric.compute().item() > 0
@@ -354,7 +354,7 @@ def test_a_group_above_int64_is_named_as_it_was_given(bad: int) -> None:
     """No group wraps to another one, or to another number in words."""
     group = torch.tensor([0, bad], dtype=torch.uint64)
     with pytest.raises(ValueError, match=rf"`group` must hold integers in \[0, 3\), got 1 .* such as {bad};"):
-        functional.grouped_cross_entropy(torch.zeros(2, K), torch.tensor([0, 1]), group, num_groups=3)
+        functional.grouped_cross_entropy(torch.zeros(2, K), torch.tensor([0, 1]), group=group, num_groups=3)
 
 
 # Constructors.

@@ -97,9 +97,11 @@ def test_what_no_shape_can_tell() -> None:
     preds, target, weight = 3 * torch.randn(4, 4, K), torch.randint(K, (4, 4)), torch.rand(4)
     aligned, shifted = (functional.cross_entropy(preds, target, shift=shift).item() for shift in (False, True))
     assert aligned != shifted == functional.cross_entropy(preds[:, :-1], target[:, 1:]).item()
-    by_position, by_sequence = (functional.cross_entropy(preds, target, w).item() for w in (weight, weight[:, None]))
+    by_position, by_sequence = (
+        functional.cross_entropy(preds, target, weight=w).item() for w in (weight, weight[:, None])
+    )
     assert by_position != by_sequence
-    assert by_position == functional.cross_entropy(preds, target, weight.expand(4, 4)).item()
+    assert by_position == functional.cross_entropy(preds, target, weight=weight.expand(4, 4)).item()
 
 
 @row("classes on another dimension that has as many entries (T = V)")
@@ -260,3 +262,20 @@ def test_a_metric_on_another_device_than_its_batch(name: str, devices: tuple[str
     assert all(device in message for device in devices)
     assert metric.update_count == 0
     assert metric.tally.state.device.type == devices[0]
+
+
+@row("nested tensors")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@each_call
+@each_kind
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+def test_nested_tensors(name: str, layout: torch.layout, call: str) -> None:
+    """What is refused is said to be nested, with what makes one dense tensor of it."""
+    good = {**make_batch(name), "weight": ones()}
+    for key in KINDS[name].arguments:
+        if key == "num_bytes":
+            continue
+        bad = {**good, key: torch.nested.nested_tensor([*good[key]], layout=layout)}
+        message = assert_no_trace(name, call, bad, KINDS[name].options, good, TypeError)
+        assert "must be a dense tensor, got a nested one" in message
+        assert "unbind()" in message

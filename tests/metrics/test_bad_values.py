@@ -193,7 +193,7 @@ def test_a_bad_weight_of_a_class_without_weight_is_counted(smoothing: float) -> 
     batch = make_batch("CrossEntropy")
     weight = ones()
     weight[SPOT] = -1.0
-    assert metric(batch["preds"], batch["target"], weight).isnan()
+    assert metric(batch["preds"], batch["target"], weight=weight).isnan()
     assert "`weight`" in raised(ValueError, metric.compute)
 
 

@@ -75,7 +75,7 @@ def test_binary_is_pytorchs_on_all_the_data(dtype: torch.dtype, form: str, shape
         expected = judge_binary(preds, target, weight, form, options)
         metric = filled(BinaryCrossEntropy(input=form, **options), ragged(preds, target, weight))
         assert metric.compute().item() == pytest.approx(expected, **tolerance(dtype)), (target.dtype, weight)
-        value = functional.binary_cross_entropy(preds, target, weight, input=form, **options)
+        value = functional.binary_cross_entropy(preds, target, weight=weight, input=form, **options)
         assert value.item() == pytest.approx(expected, **tolerance(dtype))
 
 
@@ -200,4 +200,4 @@ def test_binary_holds_little(weighed: bool, peak_bytes: Callable[[Callable[[], o
     preds, target = torch.randn(size // 8, 8), torch.randint(0, 2, (size // 8, 8))
     weight = torch.rand(size // 8, 8) if weighed else None
     metric = BinaryCrossEntropy(pos_weight=torch.rand(8), label_smoothing=0.1, ignore_index=-1)
-    assert peak_bytes(lambda: metric.update(preds, target, weight)) < 64 * size + 8 * 2**20
+    assert peak_bytes(lambda: metric.update(preds, target, weight=weight)) < 64 * size + 8 * 2**20

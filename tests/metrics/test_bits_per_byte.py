@@ -63,12 +63,14 @@ def test_bits_per_byte_of_given_bytes(form: str, weighed: bool) -> None:
             "per sequence": num_bytes.to(torch.uint8),
             "column": num_bytes[:, None],
         }[form]
-        metric.update(some, labels, given, weights)
+        metric.update(some, labels, num_bytes=given, weight=weights)
     weights = torch.ones(ROWS, T, dtype=torch.float64) if weight is None else weight
     total = math.fsum((losses_of(preds, target) * weights).flatten().tolist())
     expected = reference.bits_per_byte(total, int(each.sum()))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-13)
-    assert functional.bits_per_byte(preds, target, each, weight).item() == pytest.approx(expected, rel=1e-13)
+    assert functional.bits_per_byte(preds, target, num_bytes=each, weight=weight).item() == pytest.approx(
+        expected, rel=1e-13
+    )
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -76,7 +78,7 @@ def test_bytes_of_every_integer(dtype: torch.dtype) -> None:
     """Bytes and tables of bytes may be integers of any type, and a sum of bytes does not wrap."""
     preds, target = torch.zeros(4, 8), torch.tensor([0, 1, 2, 3])
     each = torch.full((4,), 100).to(dtype)
-    assert functional.bits_per_byte(preds, target, each).item() == pytest.approx(12 / 400, rel=1e-6)
+    assert functional.bits_per_byte(preds, target, num_bytes=each).item() == pytest.approx(12 / 400, rel=1e-6)
     table = torch.full((8,), 3).to(dtype)
     assert functional.bits_per_byte(preds, target, token_bytes=table).item() == pytest.approx(1.0, rel=1e-6)
 
@@ -127,7 +129,7 @@ def test_report_with_bytes(infinite: bool, nan_policy: str) -> None:
     value = report.compute()
     assert bits(value) == {**bits(plain), "bits_per_byte": bits(single.compute())}
     assert list(value) == [*plain, "bits_per_byte"]
-    forward = CrossEntropyReport(token_bytes=TABLE, nan_policy=nan_policy)(preds, target, weight)
+    forward = CrossEntropyReport(token_bytes=TABLE, nan_policy=nan_policy)(preds, target, weight=weight)
     assert forward["bits_per_byte"].item() == pytest.approx(value["bits_per_byte"].item(), rel=1e-13)
     assert forward["num_tokens"] == value["num_tokens"]
 

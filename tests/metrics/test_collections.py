@@ -250,7 +250,7 @@ def test_bytes_of_the_text_are_kept_apart(first: int) -> None:
     lone = BitsPerByte()
     for batch, num_bytes in zip(batches_for(False, "uniform"), (first, 60), strict=True):
         collection.update(**batch, num_bytes=num_bytes)
-        lone.update(batch["preds"], batch["target"], num_bytes)
+        lone.update(batch["preds"], batch["target"], num_bytes=num_bytes)
     assert len(collection.compute_groups) == 2
     assert bits(collection["BitsPerByte"].compute()) == bits(lone.compute())
     assert bits(collection["BitsPerToken"].compute()) == alone("plain", 3, batches_for(False, "uniform"))

@@ -86,12 +86,13 @@ def test_values(case: Case, weighed: bool, operators: Operators) -> None:
 
 @each_case
 def test_arguments_by_position(case: Case) -> None:
-    """Arguments have the order of the signature, in `update` as in `forward`."""
+    """By position there are predictions and targets, the same for all metrics, and all else goes by its name."""
     batch = case.batches(weighed=True)[1]
-    positional = [batch.get(name) for name in inspect.signature(case.metric().update).parameters]
+    positional = [batch[name] for name in case.quantity.positional]
+    others = {name: x for name, x in batch.items() if name not in case.quantity.positional}
     metric = case.metric()
-    metric.update(*positional)
-    assert_close(metric(*positional), case.expected(batch))
+    metric.update(*positional, **others)
+    assert_close(metric(*positional, **others), case.expected(batch))
     assert bits(metric.compute()) == bits(case.filled(batch, batch).compute())
 
 

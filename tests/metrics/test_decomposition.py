@@ -102,7 +102,7 @@ def test_decomposition_with_an_infinite_loss() -> None:
     rest = torch.tensor([0, 2, 3])
     expected = read(CrossEntropyDecomposition(), preds[rest], target[rest], weight[rest])
     assert read(CrossEntropyDecomposition(nan_policy="omit"), preds, target, weight) == expected
-    forward = CrossEntropyDecomposition(nan_policy="omit")(preds, target, weight)
+    forward = CrossEntropyDecomposition(nan_policy="omit")(preds, target, weight=weight)
     assert {name: x.item() for name, x in forward.items()} == pytest.approx(expected, rel=1e-13)
     assert expected["entropy"] == pytest.approx(
         sum(w * entropies[i] for i, w in zip(rest.tolist(), weight[rest].tolist(), strict=True)) / 5.5, rel=1e-13

@@ -60,7 +60,9 @@ def test_difference(class_dim: int, weighed: bool, soft: bool, confidence: float
     value = filled(metric, ragged(a, b, labels, weight)).compute()
     assert {name: x.item() for name, x in value.items()} == pytest.approx(expected, rel=1e-8)
     assert list(value) == list(expected)
-    one_pass = functional.cross_entropy_difference(a, b, labels, weight, class_dim=class_dim, confidence=confidence)
+    one_pass = functional.cross_entropy_difference(
+        a, b, labels, weight=weight, class_dim=class_dim, confidence=confidence
+    )
     assert {name: x.item() for name, x in one_pass.items()} == pytest.approx(expected, rel=1e-6)
     two = [read(CrossEntropy(class_dim=class_dim), x, labels, weight) for x in (a, b)]
     assert value["difference"].item() == pytest.approx(two[1] - two[0], rel=1e-12)
@@ -86,7 +88,7 @@ def test_identical_models_do_not_differ(dtype: torch.dtype) -> None:
     """A model against itself differs by exactly 0, with no error, and has the ratio 1."""
     preds, target = torch.randn(ROWS, T, K).to(dtype), torch.randint(0, K, (ROWS, T))
     metric = CrossEntropyDifference()
-    value = {name: x.item() for name, x in metric(preds, preds.clone(), target, torch.rand(ROWS, T)).items()}
+    value = {name: x.item() for name, x in metric(preds, preds.clone(), target, weight=torch.rand(ROWS, T)).items()}
     expected = {name: float("ratio" in name) for name in value}
     assert value == expected
     assert {name: x.item() for name, x in metric.compute().items()} == expected

@@ -24,7 +24,7 @@ ALL = [functional.cross_entropy, functional.bits_per_token, functional.perplexit
 
 def values(preds: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> list[float]:
     """Cross-entropy, bits per token and perplexity."""
-    return [function(preds, target, weight, **options).item() for function in ALL]
+    return [function(preds, target, weight=weight, **options).item() for function in ALL]
 
 
 def test_readings_agree() -> None:
@@ -90,7 +90,7 @@ def test_markov_source() -> None:
 def test_counts(weight: Tensor | None) -> None:
     """Targets are scored or ignored (by `ignore_index`, weight 0 or mask False), and each counts once."""
     target = torch.tensor([[1, -100, 2, 3], [0, 1, -100, 4]])
-    totals = functional.tally(torch.zeros(2, 4, K), target, weight).totals()
+    totals = functional.tally(torch.zeros(2, 4, K), target, weight=weight).totals()
     ignored = 2 if weight is None else 3
     assert (totals.scored, totals.ignored) == (8 - ignored, ignored)
     assert totals.sequences == 2
@@ -99,10 +99,10 @@ def test_counts(weight: Tensor | None) -> None:
 def test_tallies_add_up_to_one_pass() -> None:
     """The tally of all the data is the sum of the tallies of its parts, bit for bit and in any order."""
     preds, target, weight = torch.randn(9, 4, K), torch.randint(0, K, (9, 4)), torch.rand(9, 4)
-    whole = functional.tally(preds, target, weight)
+    whole = functional.tally(preds, target, weight=weight)
     parts = Tally.zero()
     for rows in torch.randperm(9).split(2):
-        parts = functional.tally(preds[rows], target[rows], weight[rows]) + parts
+        parts = functional.tally(preds[rows], target[rows], weight=weight[rows]) + parts
     assert torch.equal(whole.state, parts.state)
 
 
@@ -113,7 +113,7 @@ def test_weight_broadcasts(scale: str) -> None:
     weight = torch.rand({"row": (4,), "column": (3, 1), "scalar": (), "full": (3, 4)}[scale])
     losses = F.cross_entropy(preds.double().movedim(-1, 1), target, reduction="none")
     expected = (losses * weight).sum() / weight.expand(3, 4).double().sum()
-    assert functional.cross_entropy(preds, target, weight).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert functional.cross_entropy(preds, target, weight=weight).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [K, -1, 2**40, -2, -(2**63), 2**63 - 1, -100])
@@ -145,9 +145,9 @@ def test_example_is_one_of_those_counted() -> None:
     """The example in an error is a value that was counted, not one that is masked."""
     target = torch.tensor([-7, 9, 1])
     with pytest.raises(ValueError, match="got 1 that are neither, such as 9;"):
-        functional.cross_entropy(torch.zeros(3, K), target, torch.tensor([False, True, True]))
+        functional.cross_entropy(torch.zeros(3, K), target, weight=torch.tensor([False, True, True]))
     with pytest.raises(ValueError, match=r"got 1 that are not, such as -3\.0;"):
-        functional.cross_entropy(torch.zeros(2, K), torch.tensor([-100, 1]), torch.tensor([math.nan, -3.0]))
+        functional.cross_entropy(torch.zeros(2, K), torch.tensor([-100, 1]), weight=torch.tensor([math.nan, -3.0]))
 
 
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf, 2.0**47])
@@ -156,7 +156,7 @@ def test_bad_weight_raises(bad: float, function: Callable[..., object]) -> None:
     """A weight that is negative, NaN or infinite raises on the CPU with the count and an example."""
     text = f"must hold finite numbers that are not negative (and below 2**47), got 2 that are not, such as {bad}; use 0"
     with pytest.raises(ValueError, match=re.escape(text)):
-        function(torch.zeros(3, K), torch.tensor([0, 1, 2]), torch.tensor([bad, 1.0, bad]))
+        function(torch.zeros(3, K), torch.tensor([0, 1, 2]), weight=torch.tensor([bad, 1.0, bad]))
 
 
 def test_masked_targets_may_be_anything() -> None:
@@ -164,7 +164,7 @@ def test_masked_targets_may_be_anything() -> None:
     target = torch.tensor([1, 2**40, -3])
     expected = functional.cross_entropy(torch.ones(1, K), target[:1]).item()
     for weight in (torch.tensor([True, False, False]), torch.tensor([2.0, 0.0, 0.0]), torch.tensor([1, 0, 0])):
-        assert functional.cross_entropy(torch.ones(3, K), target, weight).item() == expected
+        assert functional.cross_entropy(torch.ones(3, K), target, weight=weight).item() == expected
 
 
 @pytest.mark.usefixtures("hidden_values")
@@ -173,13 +173,13 @@ def test_masked_targets_may_be_anything() -> None:
 )
 def test_bad_values_read_nan_where_they_cannot_raise(target: list[int], weight: list[float] | None) -> None:
     """Where looking is not free, a bad target or weight turns the result into NaN, and is counted in the tally."""
-    args = torch.zeros(2, K), torch.tensor(target), None if weight is None else torch.tensor(weight)
-    assert all(math.isnan(value) for value in values(*args))
-    totals = functional.tally(*args).totals()
+    args, weights = (torch.zeros(2, K), torch.tensor(target)), None if weight is None else torch.tensor(weight)
+    assert all(math.isnan(value) for value in values(*args, weights))
+    totals = functional.tally(*args, weight=weights).totals()
     assert (totals.out_of_range, totals.invalid_weight) == ((1, 0) if weight is None else (0, 1))
     assert totals.scored == 1
     if weight is None:
-        assert functional.per_target_losses(*args[:2]).isnan().tolist() == [False, True]
+        assert functional.per_target_losses(*args).isnan().tolist() == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,7 @@ CASES = {
 }
 
 
-def batch_on(
-    device: str, case: str, num_rows: int = 2, num_classes: int = K
-) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]:
+def batch_on(device: str, case: str, num_rows: int = 2, num_classes: int = K) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a batch of one of the cases on a device, and the options that go with it."""
     options, weighing, soft = CASES[case]
     second = "class_dim" in options
@@ -239,7 +237,7 @@ def batch_on(
     preds = torch.rand(shape, device=device)
     target = torch.rand(shape, device=device) if soft else torch.ones(num_rows, 3, dtype=torch.int64, device=device)
     weight = None if weighing is None else torch.ones(num_rows, 3, device=device).to(weighing)
-    return (preds, target, weight), options
+    return {"preds": preds, "target": target, "weight": weight}, options
 
 
 def assert_stays(operators: Operators, device: str) -> None:
@@ -253,13 +251,13 @@ def assert_stays(operators: Operators, device: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_functions_never_wait(case: str, weighed: bool, operators: Operators) -> None:
     """On a device without data, where looking at a value is impossible, every function runs."""
-    args, options = batch_on("meta", case)
+    batch, options = batch_on("meta", case)
     class_weight = torch.ones(K, device="meta") if weighed and case != "losses" else None
     losses_options = {k: v for k, v in options.items() if k not in ("nan_policy", "unit")}
     with operators:
-        value = functional.cross_entropy(*args, class_weight=class_weight, **options)
-        functional.per_target_losses(*args[:2], class_weight=class_weight, **losses_options)
-        functional.tally(*args, class_weight=class_weight, **losses_options)
+        value = functional.cross_entropy(**batch, class_weight=class_weight, **options)
+        functional.per_target_losses(batch["preds"], batch["target"], class_weight=class_weight, **losses_options)
+        functional.tally(**batch, class_weight=class_weight, **losses_options)
     assert (value.device.type, value.shape) == ("meta", ())
     assert_stays(operators, "meta")
 
@@ -268,7 +266,7 @@ def test_functions_never_wait(case: str, weighed: bool, operators: Operators) ->
 @pytest.mark.parametrize("case", CASES)
 def test_update_and_forward_never_wait(case: str, metric_class: Any, operators: Operators) -> None:
     """Neither `update` nor `forward` looks at a value, builds a tensor from Python data, or moves between devices."""
-    args, options = batch_on("meta", case)
+    batch, options = batch_on("meta", case)
     options = dict(options)
     if metric_class is CrossEntropyReport:
         for name in ("label_smoothing", "unit"):
@@ -277,10 +275,10 @@ def test_update_and_forward_never_wait(case: str, metric_class: Any, operators: 
         options["class_weight"] = torch.ones(K)
     metric = metric_class(**options).to("meta")
     with operators:
-        metric.update(*args)
+        metric.update(**batch)
     assert_stays(operators, "meta")
     with operators:
-        metric(*args)
+        metric(**batch)
     assert_stays(operators, "meta")
     assert metric.tally.state.device.type == "meta"
 
@@ -288,12 +286,12 @@ def test_update_and_forward_never_wait(case: str, metric_class: Any, operators: 
 @pytest.mark.parametrize("case", CASES)
 def test_many_rows_never_wait(case: str, operators: Operators) -> None:
     """Nor is anything looked at of so many logits that ignored rows would be left out on the CPU."""
-    args, options = batch_on("meta", case, num_rows=1000, num_classes=8000)
+    batch, options = batch_on("meta", case, num_rows=1000, num_classes=8000)
     metric = CrossEntropy(class_weight=None if case == "losses" else torch.ones(8000), **options).to("meta")
     with operators:
-        metric.update(*args)
-        metric(*args)
-        functional.cross_entropy(*args, class_weight=metric.class_weight, **options)
+        metric.update(**batch)
+        metric(**batch)
+        functional.cross_entropy(**batch, class_weight=metric.class_weight, **options)
     assert_stays(operators, "meta")
 
 
@@ -313,19 +311,19 @@ def test_every_function_never_waits(form: Form, operators: Operators) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_only_the_checks_of_the_cpu_look_at_values(case: str, operators: Operators) -> None:
     """Without the checks that are free on the CPU, not one value is read back there either."""
-    args, options = batch_on("cpu", case)
+    batch, options = batch_on("cpu", case)
     metric = CrossEntropy(**options)
     with operators:
-        metric.update(*args)
-        metric(*args)
-        functional.cross_entropy(*args, **options)
+        metric.update(**batch)
+        metric(**batch)
+        functional.cross_entropy(**batch, **options)
     assert_stays(operators, "cpu")
 
 
 def test_checks_of_the_cpu_are_few(operators: Operators) -> None:
     """An update without bad values reads the extremes of its targets and weights, and whether some are ignored."""
     with operators:
-        CrossEntropy().update(torch.zeros(4, K), torch.zeros(4, dtype=torch.int64), torch.ones(4))
+        CrossEntropy().update(torch.zeros(4, K), torch.zeros(4, dtype=torch.int64), weight=torch.ones(4))
     assert operators.count("_local_scalar_dense") <= 5
 
 

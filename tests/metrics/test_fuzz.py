@@ -233,7 +233,7 @@ def test_weights_may_have_any_shape_that_broadcasts(name: str, shape: tuple[int,
 def test_one_group_reads_as_a_vector() -> None:
     """The shape of the values is `(num_groups,)`, also for one group."""
     metric = GroupedCrossEntropy(1)
-    assert metric(torch.zeros(3, 2), torch.tensor([0, 1, 0]), torch.tensor(0)).shape == (1,)
+    assert metric(torch.zeros(3, 2), torch.tensor([0, 1, 0]), group=torch.tensor(0)).shape == (1,)
     assert metric.compute().shape == (1,)
 
 

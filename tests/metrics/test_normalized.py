@@ -22,11 +22,11 @@ def test_normalized_is_torchevals(rate: float, weighed: bool) -> None:
     columns = torch.stack([torch.zeros_like(x), x], -1)
     metric, judge = NormalizedCrossEntropy(2), BinaryNormalizedEntropy(from_logits=True)
     for some, columns_of, labels, weights in ragged(x, columns, y, weight):
-        metric.update(columns_of, labels.long(), weights)
+        metric.update(columns_of, labels.long(), weight=weights)
         if len(some):
             judge.update(some, labels.double(), weight=weights)
     assert metric.compute().item() == pytest.approx(judge.compute().item(), rel=1e-10)
-    one_pass = functional.normalized_cross_entropy(columns, y.long(), weight, num_classes=2)
+    one_pass = functional.normalized_cross_entropy(columns, y.long(), weight=weight, num_classes=2)
     assert one_pass.item() == pytest.approx(judge.compute().item(), rel=1e-10)
 
 
@@ -50,7 +50,9 @@ def test_normalized_of_many_classes(class_dim: int, num_classes: int, weighed: s
     metric = NormalizedCrossEntropy(num_classes, class_dim=class_dim)
     filled(metric, ragged(preds.movedim(-1, class_dim), target, weight))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-12)
-    one_pass = NormalizedCrossEntropy(num_classes, class_dim=class_dim)(preds.movedim(-1, class_dim), target, weight)
+    one_pass = NormalizedCrossEntropy(num_classes, class_dim=class_dim)(
+        preds.movedim(-1, class_dim), target, weight=weight
+    )
     assert one_pass.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -70,7 +72,7 @@ def test_normalized_without_a_choice() -> None:
     for target in ([-100] * 4, [1, 1, 1, -100], [1, 1, 1, 1]):
         assert metric(preds, torch.tensor(target)).isnan()
         assert metric.compute().isnan()
-    assert metric(preds, torch.tensor([1, 1, 1, 2]), torch.tensor([1.0, 1.0, 1.0, 0.0])).isnan()
+    assert metric(preds, torch.tensor([1, 1, 1, 2]), weight=torch.tensor([1.0, 1.0, 1.0, 0.0])).isnan()
     value = read(metric, preds, torch.tensor([2, 1, 0, 0]))
     assert math.isfinite(value)
     frequencies = [2, 3 + 4 + 3 + 1, 1]

@@ -14,6 +14,7 @@ from scipy import stats
 from torch import Tensor, nn
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
+from tests.cases import named
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity, functional
 from xent_metrics.readings import READINGS
 
@@ -47,7 +48,7 @@ def bits(value: Any) -> Any:
 def filled(metric: Any, batches: list[Batch]) -> Any:
     """Update a metric with batches."""
     for batch in batches:
-        metric.update(*batch)
+        metric.update(**named(metric.update, *batch))
     return metric
 
 
@@ -97,7 +98,7 @@ def test_classes_agree_with_functions() -> None:
         CLASSES, (functional.cross_entropy, functional.bits_per_token, functional.perplexity), strict=False
     ):
         value = filled(metric_class(), batches).compute()
-        assert value.item() == pytest.approx(function(*data).item(), rel=1e-14)
+        assert value.item() == pytest.approx(function(**named(function, *data)).item(), rel=1e-14)
         assert bits(report[function.__name__]) == bits(value)
     in_bits = filled(CrossEntropy(unit="bits"), batches).compute()
     assert bits(in_bits) == bits(report["bits_per_token"])
@@ -109,8 +110,8 @@ def test_report() -> None:
     target = torch.tensor([[0, 1, -100, 2], [3, -100, 4, 5]])
     metric = CrossEntropyReport()
     metric.update(preds, target)
-    metric.update(preds, target, torch.tensor([1.0, 0.0, 2.0, 1.0]))
-    metric.update(preds, target, torch.tensor([[True], [False]]))
+    metric.update(preds, target, weight=torch.tensor([1.0, 0.0, 2.0, 1.0]))
+    metric.update(preds, target, weight=torch.tensor([[True], [False]]))
     report = metric.compute()
     assert list(report) == [info.name for info in REPORT]
     assert [x.dtype for x in report.values()] == [torch.int64 if info.is_count else torch.float64 for info in REPORT]
@@ -172,9 +173,9 @@ def test_autocast(options: dict[str, Any], dtype: torch.dtype, soft: bool) -> No
     batch = (preds.to(dtype), torch.rand(preds.shape).softmax(-1) if soft else target, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metric = filled(CrossEntropy(**options), [batch])
-        value = metric(*batch)
+        value = metric(**named(metric.update, *batch))
     expected = filled(CrossEntropy(**options), [batch])
-    assert bits(value) == bits(expected(*batch))
+    assert bits(value) == bits(expected(**named(metric.update, *batch)))
     assert bits(metric.compute()) == bits(expected.compute())
 
 
@@ -205,7 +206,7 @@ def test_bad_values_raise_and_leave_no_trace(
     state, count = metric.tally.state.clone(), metric.update_count
     args = (torch.zeros(2, K), torch.tensor(target), None if weight is None else torch.tensor(weight))
     with pytest.raises(ValueError, match=text):
-        getattr(metric, call)(*args)
+        getattr(metric, call)(**named(metric.update, *args))
     assert torch.equal(metric.tally.state, state)
     assert metric.update_count == count
     expected = filled(CrossEntropyReport(ignore_index=ignore_index), [good] if fresh else [good, good])
@@ -230,9 +231,9 @@ def test_bad_values_are_counted_where_they_cannot_raise(
     metric = CrossEntropy(ignore_index=ignore_index)
     good = (torch.randn(2, K), torch.tensor([0, 1]))
     bad = (torch.zeros(2, K), torch.tensor(target), None if weight is None else torch.tensor(weight))
-    assert metric(*bad).isnan()
+    assert metric(**named(metric.update, *bad)).isnan()
     assert math.isfinite(metric(*good).item())
-    metric.update(*bad)
+    metric.update(**named(metric.update, *bad))
     number = re.search(r"got (\d)", text)
     assert number
     name, tail = ("target", "targets were outside; .*reset") if weight is None else ("weight", "were not; .*reset")
@@ -245,7 +246,7 @@ def test_bad_values_are_counted_where_they_cannot_raise(
 
 def test_nothing_is_added_while_synced() -> None:
     """What was added to the tally of all ranks would be lost when it gives way to that of this one."""
-    batch = together(make_batches())
+    batch = together(make_batches())[:2]
     other = functional.tally(*batch)
     metric = filled(CrossEntropy(), [batch])
     metric.sync(dist_sync_fn=lambda x, group: [x, other.state], distributed_available=lambda: True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.cases import named
 from tests.metrics.quantities import (
     FLOATS,
     GROUPS,
@@ -67,6 +68,11 @@ WITH_SHIFT: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
+def forward(metric: Any, *batch: Any) -> Any:
+    """Call a metric with a batch."""
+    return metric(**named(metric.update, *batch))
+
+
 @pytest.mark.parametrize("class_dim", [-1, 1])
 @pytest.mark.parametrize("case", WITH_SHIFT)
 def test_shift_is_slicing(case: str, class_dim: int) -> None:
@@ -87,9 +93,9 @@ def test_shift_is_slicing(case: str, class_dim: int) -> None:
     assert bits(shifted.compute()) == bits(sliced.compute())
     unshifted = filled(make(class_dim=class_dim), ragged(*(part(name, False) for name in names)))
     assert bits(unshifted.compute()) != bits(shifted.compute())
-    forward = make(shift=True, class_dim=class_dim)(*(part(name, False) for name in names))
-    expected = make(class_dim=class_dim)(*(part(name, True) for name in names))
-    assert bits(forward) == bits(expected)
+    value = forward(make(shift=True, class_dim=class_dim), *(part(name, False) for name in names))
+    expected = forward(make(class_dim=class_dim), *(part(name, True) for name in names))
+    assert bits(value) == bits(expected)
 
 
 @pytest.mark.parametrize("length", [0, 1])
@@ -100,7 +106,7 @@ def test_shift_leaves_nothing_of_one_position(case: str, class_dim: int, length:
     make, names = WITH_SHIFT[case]
     metric = make(shift=True, class_dim=class_dim)
     data = make_data(length=length)
-    values = metric(*(data[n].movedim(-1, class_dim) if data[n].dim() == 3 else data[n] for n in names))
+    values = forward(metric, *(data[n].movedim(-1, class_dim) if data[n].dim() == 3 else data[n] for n in names))
     for value in (values, metric.compute()):
         numbers = value.values() if isinstance(value, dict) else [value]
         assert all(x.isnan().all() if x.is_floating_point() else x == 0 for x in numbers)

@@ -151,7 +151,9 @@ def test_compiled_with_any_number_of_bytes() -> None:
     compiled = torch.compile(functional.bits_per_byte, backend=counter, fullgraph=True)
     preds, target = torch.randn(4, K), torch.randint(0, K, (4,))
     for num_bytes in (20, 21, 23):
-        assert_same(compiled(preds, target, num_bytes), functional.bits_per_byte(preds, target, num_bytes))
+        assert_same(
+            compiled(preds, target, num_bytes=num_bytes), functional.bits_per_byte(preds, target, num_bytes=num_bytes)
+        )
     assert counter.frame_count <= 2
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xent_metrics._validate import as_token_table, check_num_classes, describe, is_integer, is_integral
+from xent_metrics._validate import as_num_classes, as_plain, as_token_table, describe, is_integer, is_integral
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
@@ -81,7 +81,7 @@ class OutputReader:
         self.groups = _as_names(groups)
         self.token_bytes = None if token_bytes is None else _as_table(token_bytes)
         if num_classes is not None:
-            check_num_classes("num_classes", num_classes)
+            num_classes = as_num_classes("num_classes", num_classes)
         self.num_classes = num_classes
         self._options = {
             "losses": LossOptions("losses", class_dim, ignore_index=ignore_index),
@@ -191,7 +191,9 @@ class OutputReader:
 
 def _moved(numbers: Any, device: torch.device) -> Tensor:
     """Return numbers as a tensor on a device, without waiting for the copy."""
-    return torch.as_tensor(numbers).to(device, non_blocking=True)
+    numbers = numbers if isinstance(numbers, Tensor) else torch.as_tensor(numbers, device="cpu")
+    moved: Tensor = numbers.to(device, non_blocking=True)
+    return moved
 
 
 def _as_mean(step: str, loss: Any, num_tokens: Any) -> MeanOutput:
@@ -201,6 +203,7 @@ def _as_mean(step: str, loss: Any, num_tokens: Any) -> MeanOutput:
             f'{step} must return the mean over `num_tokens` targets as "loss", a tensor of one float, got '
             f'{describe(loss)}; return "losses" and their "target" for losses of single targets.'
         )
+    num_tokens = num_tokens if isinstance(num_tokens, Tensor) else as_plain(num_tokens)
     counts = isinstance(num_tokens, Tensor) and num_tokens.numel() == 1 and is_integral(num_tokens)
     if not (counts or is_integer(num_tokens)):
         raise TypeError(
@@ -233,6 +236,6 @@ def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
                 f"{token_bytes!r}."
             )
         token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
-    if isinstance(token_bytes, list | tuple) and all(map(is_integer, token_bytes)):
-        token_bytes = torch.tensor(token_bytes, dtype=torch.int64)
+    if isinstance(token_bytes, list | tuple) and all(is_integer(as_plain(x)) for x in token_bytes):
+        token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64, device="cpu")
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.

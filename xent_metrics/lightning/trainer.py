@@ -61,7 +61,7 @@ def log_epoch_values(trainer: Trainer, pl_module: LightningModule, values: Mappi
 
 def _as_tensors(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
     # Lightning would round floats to float32, and copy them to the device.
-    return {tag: torch.tensor(value, dtype=torch.float64) for tag, value in values.items()}
+    return {tag: torch.tensor(value, dtype=torch.float64, device="cpu") for tag, value in values.items()}
 
 
 def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def _outline(preds: Tensor | LinearLogits, options: LossOptions) -> Tensor:
     """Return what can be checked as `preds` are: of logits that are not there, one number with their shape."""
     if not isinstance(preds, LinearLogits):
         return preds
-    check_linear(*preds, options.input, options.class_dim)
+    check_linear(preds.hidden, preds.weight, preds.bias, options.input, options.class_dim)
     return preds.hidden.detach().new_empty(()).expand(preds.shape)
 
 

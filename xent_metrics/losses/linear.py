@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from xent_metrics._validate import FLOATS
+from xent_metrics._validate import FLOATS, check_not_nested, describe
 from xent_metrics.distributed import is_dtensor
 
 
-class LinearLogits(NamedTuple):
+@dataclass(init=False, eq=False)
+class LinearLogits:
     """The logits `hidden @ weight.T + bias` of a language model's head, which are never there as a whole.
 
     Pass it for `preds` wherever they are logits with classes last. Some hundred rows are multiplied at a time, turned
@@ -34,6 +36,10 @@ class LinearLogits(NamedTuple):
 
         The factors are read when they are scored. After an optimizer's step, as in the callback's training hooks, the
         weight is no longer the one that `hidden` goes with: return `losses` there.
+
+        It is one thing, and no collection: it has no length, it equals only itself, and its parts cannot be replaced.
+        `.to()` moves all of them. Wrappers that choose rows of every tensor, such as torchmetrics'
+        `BootStrapper`, would choose rows of the weight too, and are refused.
 
     Costs:
         On the CPU the time of `F.linear` and some 10 % more, and 66 MiB; more only above 129,024 classes (twice as many
@@ -58,6 +64,29 @@ class LinearLogits(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+        for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse other parts. Tools that map over dataclasses may only detach them, or move them to another device."""
+        own = getattr(self, name, None)
+        if name not in ("hidden", "weight", "bias") or not (value is own or _is_elsewhere(own, value)):
+            raise TypeError(
+                f"`preds` must not be changed if they are LinearLogits, whose `{name}` was to become "
+                f"{describe(value)}, but may be scored as they are; make other ones, or pass F.linear(hidden, weight, "
+                "bias) where something resamples or selects rows of every tensor."
+            )
+        object.__setattr__(self, name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LinearLogits, (self.hidden, self.weight, self.bias)
+
+    def to(self, *args: Any, **kwargs: Any) -> LinearLogits:
+        """Return the same on another device, or in another dtype: of each part what `Tensor.to` returns."""
+        bias = None if self.bias is None else self.bias.to(*args, **kwargs)
+        return LinearLogits(self.hidden.to(*args, **kwargs), self.weight.to(*args, **kwargs), bias)
 
     @property
     def shape(self) -> torch.Size:
@@ -84,7 +113,14 @@ class LinearLogits(NamedTuple):
 
     def narrow(self, dim: int, start: int, length: int) -> LinearLogits:
         """Return some positions of the logits, as a view."""
-        return self._replace(hidden=self.hidden.narrow(dim, start, length))
+        return LinearLogits(self.hidden.narrow(dim, start, length), self.weight, self.bias)
+
+
+def _is_elsewhere(own: Any, value: Any) -> bool:
+    """Return whether a tensor holds the numbers of another one: in the same memory, or on another device."""
+    if not isinstance(own, Tensor) or not isinstance(value, Tensor) or own.shape != value.shape:
+        return False
+    return own.device != value.device or own.data_ptr() == value.data_ptr()
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str, class_dim: int) -> None:
@@ -140,6 +176,7 @@ def _check_factor(name: str, value: Any) -> None:
             f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
             "logits as a DTensor."
         )
+    check_not_nested(name, value)
     if value.layout != torch.strided:
         raise TypeError(
             f"`{name}` of `preds` must be a dense tensor, got layout {value.layout}; call .to_dense() on it."

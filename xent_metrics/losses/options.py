@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor
 
-from xent_metrics._validate import check_num_classes, is_integer, is_number
+from xent_metrics._validate import as_num_classes, as_plain, is_integer, is_number
 from xent_metrics.losses.linear import LinearLogits
 
 Input = Literal["logits", "log_probs", "probs", "losses"]
@@ -45,6 +45,7 @@ class LossOptions:
         _check_choice("input", self.input, get_args(Input))
         _check_choice("backend", self.backend, get_args(Backend))
         _check_choice("label_smoothing_over", self.label_smoothing_over, get_args(SmoothingOver))
+        _make_plain(self, "class_dim", "ignore_index", "label_smoothing", "eps")
         if not is_integer(self.class_dim):
             raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
         if not isinstance(self.shift, bool):
@@ -104,6 +105,7 @@ class BinaryOptions:
     def __post_init__(self) -> None:
         _check_choice("input", self.input, get_args(BinaryInput))
         _check_choice("backend", self.backend, get_args(Backend))
+        _make_plain(self, "ignore_index", "label_smoothing", "eps")
         _check_ignore_index(self.ignore_index)
         _check_smoothing(self.label_smoothing)
         object.__setattr__(self, "label_smoothing", float(self.label_smoothing))
@@ -133,14 +135,20 @@ def convert_label_smoothing(over_others: float, num_classes: int) -> float:
     >>> round(convert_label_smoothing(0.1, num_classes=3), 15)
     0.15
     """
+    over_others, num_classes = as_plain(over_others), as_num_classes("num_classes", num_classes)
     _check_smoothing(over_others)
-    check_num_classes("num_classes", num_classes)
     if over_others > (num_classes - 1) / num_classes:
         raise ValueError(
             f"`label_smoothing` over the other classes must be at most (K - 1) / K = {num_classes - 1}/{num_classes}, "
             f"got {over_others!r}: the true class would get less than the others; lower it."
         )
     return min(1.0, over_others * num_classes / (num_classes - 1)) if over_others else 0.0
+
+
+def _make_plain(options: LossOptions | BinaryOptions, *names: str) -> None:
+    """Let numbers be Python's, which saved states and the names of states are made of."""
+    for name in names:
+        object.__setattr__(options, name, as_plain(getattr(options, name)))
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -212,7 +212,7 @@ def of_rows(values: Tensor, rows: Rows) -> Tensor:
 def _make_buffer(num_rows: int, num_classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a buffer for rows, each of which starts at a multiple of 16 bytes where that matters."""
     if device.type == "cpu":
-        return torch.empty(num_rows, num_classes, dtype=dtype)
+        return torch.empty(num_rows, num_classes, dtype=dtype, device=device)
     return torch.empty(num_rows, aligned(num_classes), dtype=dtype, device=device)[:, :num_classes]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -18,12 +19,13 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_token_table, describe, on_host
+from xent_metrics._validate import as_plain, as_token_table, describe, on_host
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
+from xent_metrics.metrics.other_names import check_names
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
@@ -100,6 +102,7 @@ class TallyMetric(Metric):
     _tally_function: ClassVar[Callable[..., Any]]  # A static method. Saved states hold its name.
     options: LossOptions | BinaryOptions
     _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
+    _NUM_POSITIONAL = 2  # Arguments of an update: predictions, then targets.
 
     def __init__(
         self,
@@ -108,11 +111,14 @@ class TallyMetric(Metric):
         confidence: float = 0.95,
         zero: Tally | GroupTally | None = None,
         decides: Mapping[str, Any] | None = None,
+        /,  # So that no class takes them by these names without saying so.
         **kwargs: Any,
     ) -> None:
         # Whether a rank has a value in store must not decide whether it meets the others in the next `compute`.
         kwargs.setdefault("compute_with_cache", False)
+        check_names(type(self).__name__, kwargs)
         super().__init__(**kwargs)
+        confidence = as_plain(confidence)
         check_reading(nan_policy, confidence)
         decides = {"options": options, **(decides or {})}
         check_group_of_ranks("sequence_group", decides.get("sequence_group"))
@@ -163,6 +169,7 @@ class TallyMetric(Metric):
         point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise.
         """
         self._require_unsynced()
+        self._check_positional(args)
         batch: Any = self._looked_at_batch(*args, **kwargs)
         before = self.tally
         accumulated = before + batch
@@ -295,15 +302,36 @@ class TallyMetric(Metric):
         own = self.__dict__  # `getattr` of a module looks long for what is None.
         return {name: own[name] for name in self._decides}
 
-    def _add_batch(self, *args: Any) -> None:
+    def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
+        counted = super()._wrap_update(update)  # torchmetrics counts a call before it is made.
+
+        @wraps(update)
+        def checked(*args: Any, **kwargs: Any) -> None:
+            count = self._update_count
+            try:
+                self._check_positional(args)
+                counted(*args, **kwargs)
+            except Exception:
+                self._update_count = count
+                raise
+
+        return checked
+
+    def _check_positional(self, args: tuple[Any, ...]) -> None:
+        """Raise if more than predictions and targets come by position: the rest means something else elsewhere."""
+        if len(args) <= self._NUM_POSITIONAL:
+            return
+        parameters = list(self._update_signature.parameters)
+        positional, named = parameters[: self._NUM_POSITIONAL], parameters[self._NUM_POSITIONAL :]
+        raise TypeError(
+            f"`{'` and `'.join(named)}` must be passed by name, got {len(args)} arguments by position; call it with "
+            f"({', '.join(positional)}, {', '.join(f'{name}=...' for name in named)})."
+        )
+
+    def _add_batch(self, *args: Any, **kwargs: Any) -> None:
         """Tally a batch and add it: the body of every `update`."""
-        try:
-            self._require_unsynced()
-            batch = self._looked_at_batch(*args)
-        except Exception:
-            self._update_count -= 1  # torchmetrics counts the call before it is made.
-            raise
-        self._keep(self.tally + batch)
+        self._require_unsynced()
+        self._keep(self.tally + self._looked_at_batch(*args, **kwargs))
 
     def _require_unsynced(self) -> None:
         """Raise where a batch would be lost, as the tally of all ranks gives way to that of this one."""
@@ -376,7 +404,7 @@ class TallyMetric(Metric):
 class LossMetric(TallyMetric):
     """A metric of predictions, targets and weights."""
 
-    def update(self, preds: Tensor | LinearLogits, target: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, preds: Tensor | LinearLogits, target: Tensor, *, weight: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
@@ -393,7 +421,7 @@ class LossMetric(TallyMetric):
                 `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
                 `compute` raises). The state is then as it was.
         """
-        self._add_batch(preds, target, weight)
+        self._add_batch(preds, target, weight=weight)
 
 
 def token_table(token_bytes: Tensor | None) -> Tensor | None:

@@ -23,8 +23,8 @@ from xent_metrics.tally import Tally, tally_losses
 def tally_binary(
     preds: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: BinaryOptions,
     pos_weight: Tensor | None = None,
 ) -> Tally:
@@ -104,10 +104,10 @@ class BinaryCrossEntropy(TallyMetric):
         options = BinaryOptions(
             input=input, label_smoothing=label_smoothing, ignore_index=ignore_index, eps=eps, backend=backend
         )
-        super().__init__(options, nan_policy, decides={"pos_weight": pos_weight}, **kwargs)
+        super().__init__(options, nan_policy, 0.95, None, {"pos_weight": pos_weight}, **kwargs)
         self.unit = unit
 
-    def update(self, preds: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+    def update(self, preds: Tensor, target: Tensor, *, weight: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
@@ -121,7 +121,7 @@ class BinaryCrossEntropy(TallyMetric):
             ValueError: If shapes or devices do not fit; on the CPU also if a target or a probability is outside [0, 1],
                 or a weight is negative, infinite or NaN (elsewhere `compute` raises). The state is then as it was.
         """
-        self._add_batch(preds, target, weight)
+        self._add_batch(preds, target, weight=weight)
 
     def _read(self, reading: Reading[Any, Any]) -> Tensor:  # type: ignore[override]
         return self._as_tensor(reading.in_unit(self.unit))
@@ -130,8 +130,8 @@ class BinaryCrossEntropy(TallyMetric):
 def binary_cross_entropy(
     preds: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: BinaryInput = "logits",
     pos_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -190,5 +190,5 @@ def binary_cross_entropy(
     options = BinaryOptions(
         input=input, label_smoothing=label_smoothing, ignore_index=ignore_index, eps=eps, backend=backend
     )
-    batch = tally_binary(preds, target, weight, options=options, pos_weight=pos_weight)
+    batch = tally_binary(preds, target, weight=weight, options=options, pos_weight=pos_weight)
     return read_batch(batch, nan_policy).in_unit(unit)

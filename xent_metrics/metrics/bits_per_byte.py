@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import BYTES_LIMIT, as_token_table, check_num_bytes, check_omitted_bytes
+from xent_metrics._validate import BYTES_LIMIT, as_num_bytes, as_token_table, check_omitted_bytes
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -22,9 +22,9 @@ from xent_metrics.tally import Tally, tally_losses
 def tally_per_byte(
     preds: Tensor | LinearLogits,
     target: Tensor,
+    *,
     num_bytes: int | Tensor | None = None,
     weight: Tensor | None = None,
-    *,
     options: LossOptions,
     token_bytes: Tensor | None = None,
 ) -> Tally:
@@ -41,7 +41,7 @@ def tally_per_byte(
             raise_mistakes(losses, preds, target, options, weights, len(token_bytes))
             return tally_losses(losses)
         assert num_bytes is not None
-        check_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
+        num_bytes = as_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
         losses = losses.weighted(weights)
         raise_mistakes(losses, preds, target, options, weights)
         if isinstance(num_bytes, Tensor):
@@ -126,12 +126,13 @@ class BitsPerByte(TallyMetric):
         options = LossOptions(
             input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
         )
-        super().__init__(options, nan_policy, decides={"token_bytes": token_table(token_bytes)}, **kwargs)
+        super().__init__(options, nan_policy, 0.95, None, {"token_bytes": token_table(token_bytes)}, **kwargs)
 
     def update(
         self,
         preds: Tensor | LinearLogits,
         target: Tensor,
+        *,
         num_bytes: int | Tensor | None = None,
         weight: Tensor | None = None,
     ) -> None:
@@ -153,17 +154,18 @@ class BitsPerByte(TallyMetric):
                 `compute` raises). Also if there is both a table and `num_bytes`, or neither, or `num_bytes` is
                 negative. The state is then as it was.
         """
-        self._add_batch(preds, target, num_bytes, weight)
+        self._add_batch(preds, target, num_bytes=num_bytes, weight=weight)
 
     def _tally_batch(
         self,
         preds: Tensor | LinearLogits,
         target: Tensor,
+        *,
         num_bytes: int | Tensor | None = None,
         weight: Tensor | None = None,
     ) -> Tally:
         check_omitted_bytes(self.nan_policy, num_bytes)
-        tally: Tally = super()._tally_batch(preds, target, num_bytes, weight)
+        tally: Tally = super()._tally_batch(preds, target, num_bytes=num_bytes, weight=weight)
         return tally
 
     def _read(self, reading: Reading[Any, Any]) -> Tensor:  # type: ignore[override]
@@ -173,9 +175,9 @@ class BitsPerByte(TallyMetric):
 def bits_per_byte(
     preds: Tensor | LinearLogits,
     target: Tensor,
+    *,
     num_bytes: int | Tensor | None = None,
     weight: Tensor | None = None,
-    *,
     token_bytes: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
@@ -248,5 +250,5 @@ def bits_per_byte(
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    batch = tally_per_byte(preds, target, num_bytes, weight, options=options, token_bytes=table)
+    batch = tally_per_byte(preds, target, num_bytes=num_bytes, weight=weight, options=options, token_bytes=table)
     return read_batch(batch, nan_policy).bits_per_token

@@ -85,8 +85,8 @@ class BitsPerToken(LossMetric):
 def bits_per_token(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     ignore_index: int | None = -100,
@@ -143,4 +143,4 @@ def bits_per_token(
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    return read_batch(tally_batch(preds, target, weight, options=options), nan_policy).bits_per_token
+    return read_batch(tally_batch(preds, target, weight=weight, options=options), nan_policy).bits_per_token

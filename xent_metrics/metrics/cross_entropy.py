@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def tally_batch(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     class_weight: Tensor | None = None,
     token_bytes: Tensor | None = None,
@@ -130,7 +130,7 @@ class CrossEntropy(LossMetric):
             shift=shift,
             backend=backend,
         )
-        super().__init__(options, nan_policy, decides={"class_weight": class_weight}, **kwargs)
+        super().__init__(options, nan_policy, 0.95, None, {"class_weight": class_weight}, **kwargs)
         self.unit = unit
 
     def _read(self, reading: Reading[Any, Any]) -> Tensor:  # type: ignore[override]
@@ -140,8 +140,8 @@ class CrossEntropy(LossMetric):
 def cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     class_weight: Tensor | None = None,
@@ -217,7 +217,7 @@ def cross_entropy(
         backend=backend,
     )
     return read_batch(
-        tally_batch(preds, target, weight, options=options, class_weight=class_weight), nan_policy
+        tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight), nan_policy
     ).in_unit(unit)
 
 
@@ -288,14 +288,16 @@ def per_target_losses(
     loss, status = losses.loss, losses.status
     if status is not None:
         loss = loss.masked_fill(status == IGNORED, 0.0).masked_fill((status != SCORED) & (status != IGNORED), math.nan)
+    if input == "losses":
+        loss = loss.detach().clone()  # They may be those of the caller, with their graph.
     return loss.reshape(target_shape(target, options))
 
 
 def tally(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     class_weight: Tensor | None = None,
@@ -362,5 +364,5 @@ def tally(
         backend=backend,
     )
     check_class_weight(class_weight, input)
-    batch = tally_batch(preds, target, weight, options=options, class_weight=class_weight)
+    batch = tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight)
     return Tally.zero(batch.state.device) + batch

@@ -24,8 +24,8 @@ from xent_metrics.tally import Tally, tally_losses
 def tally_decomposition(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
 ) -> Tally:
     """Tally three losses of a batch side by side.
@@ -135,7 +135,7 @@ class CrossEntropyDecomposition(LossMetric):
             label_smoothing_over=label_smoothing_over,
             backend=backend,
         )
-        super().__init__(options, nan_policy, zero=Tally.zero(num_tallies=3), **kwargs)
+        super().__init__(options, nan_policy, 0.95, Tally.zero(num_tallies=3), **kwargs)
 
     def _parts(self, tally: Tally) -> tuple[Tally, Tally]:
         return _total_and_entropy(tally, self.nan_policy)
@@ -148,8 +148,8 @@ class CrossEntropyDecomposition(LossMetric):
 def cross_entropy_decomposition(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     label_smoothing: float = 0.0,
@@ -224,5 +224,5 @@ def cross_entropy_decomposition(
         label_smoothing_over=label_smoothing_over,
         backend=backend,
     )
-    batch = tally_decomposition(preds, target, weight, options=options)
+    batch = tally_decomposition(preds, target, weight=weight, options=options)
     return _decompose(*(read_batch(part, nan_policy) for part in _total_and_entropy(batch, nan_policy)))

@@ -10,6 +10,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._validate import as_plain
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -37,8 +38,8 @@ def tally_difference(
     preds_a: Tensor | LinearLogits,
     preds_b: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     sequence_group: ProcessGroup | None = None,
 ) -> Tally:
@@ -119,6 +120,7 @@ class CrossEntropyDifference(TallyMetric):
     """
 
     plot_lower_bound = None
+    _NUM_POSITIONAL = 3
     _tally_function = staticmethod(tally_difference)
 
     def __init__(
@@ -138,13 +140,14 @@ class CrossEntropyDifference(TallyMetric):
         options = LossOptions(
             input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
         )
-        super().__init__(options, nan_policy, confidence, decides={"sequence_group": sequence_group}, **kwargs)
+        super().__init__(options, nan_policy, confidence, None, {"sequence_group": sequence_group}, **kwargs)
 
     def update(
         self,
         preds_a: Tensor | LinearLogits,
         preds_b: Tensor | LinearLogits,
         target: Tensor,
+        *,
         weight: Tensor | None = None,
     ) -> None:
         """Add a batch.
@@ -165,7 +168,7 @@ class CrossEntropyDifference(TallyMetric):
                 `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
                 `compute` raises). The state is then as it was.
         """
-        self._add_batch(preds_a, preds_b, target, weight)
+        self._add_batch(preds_a, preds_b, target, weight=weight)
 
     def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
         self, preds_a: Tensor | LinearLogits, preds_b: Tensor | LinearLogits, *_: Any, **__: Any
@@ -181,8 +184,8 @@ def cross_entropy_difference(
     preds_a: Tensor | LinearLogits,
     preds_b: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     ignore_index: int | None = -100,
@@ -246,9 +249,12 @@ def cross_entropy_difference(
     >>> cross_entropy_difference(uniform, certain, torch.arange(4))["difference"]  # -log(8)
     tensor(-2.0794, dtype=torch.float64)
     """
+    confidence = as_plain(confidence)
     check_reading(nan_policy, confidence)
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    reading = read_batch(tally_difference(preds_a, preds_b, target, weight, options=options), nan_policy, confidence)
+    reading = read_batch(
+        tally_difference(preds_a, preds_b, target, weight=weight, options=options), nan_policy, confidence
+    )
     return {called: getattr(reading, name) for called, name in _READ_AS.items()}

@@ -10,7 +10,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics._rounding import Unit
-from xent_metrics._validate import check_class_weight, check_num_classes, on_host
+from xent_metrics._validate import as_num_classes, check_class_weight, on_host
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOver
 from xent_metrics.losses.score import score_batch
@@ -23,9 +23,9 @@ from xent_metrics.tally import GroupTally
 def tally_grouped(
     preds: Tensor | LinearLogits,
     target: Tensor,
+    *,
     group: Tensor,
     weight: Tensor | None = None,
-    *,
     options: LossOptions,
     num_groups: int,
     class_weight: Tensor | None = None,
@@ -41,7 +41,7 @@ class GroupedCrossEntropy(TallyMetric):
 
     Each value is that of `CrossEntropy` on the targets of the group. Recipes, with classes on the last dimension:
 
-    - by dataset or domain: `update(preds, target, dataset_of_sequence[:, None])`;
+    - by dataset or domain: `update(preds, target, group=dataset_of_sequence[:, None])`;
     - by class: `num_groups` is the number of classes, `update(preds, target, group=target)`;
     - by position: `num_groups` is the longest sequence T, `update(preds, target, group=torch.arange(T))`.
 
@@ -116,7 +116,7 @@ class GroupedCrossEntropy(TallyMetric):
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
-        check_num_classes("num_groups", num_groups)
+        num_groups = as_num_classes("num_groups", num_groups)
         check_class_weight(on_host(class_weight), input)
         options = LossOptions(
             input=input,
@@ -129,10 +129,12 @@ class GroupedCrossEntropy(TallyMetric):
             backend=backend,
         )
         decides = {"class_weight": class_weight, "num_groups": num_groups}
-        super().__init__(options, nan_policy, zero=GroupTally.zero(num_groups), decides=decides, **kwargs)
+        super().__init__(options, nan_policy, 0.95, GroupTally.zero(num_groups), decides, **kwargs)
         self.unit = unit
 
-    def update(self, preds: Tensor | LinearLogits, target: Tensor, group: Tensor, weight: Tensor | None = None) -> None:
+    def update(
+        self, preds: Tensor | LinearLogits, target: Tensor, *, group: Tensor, weight: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -153,7 +155,7 @@ class GroupedCrossEntropy(TallyMetric):
                 `compute` raises). Also, on the CPU, if a scored target has none of the groups. The state is then as it
                 was.
         """
-        self._add_batch(preds, target, group, weight)
+        self._add_batch(preds, target, group=group, weight=weight)
 
     def _wrap_compute(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         squeezed = super()._wrap_compute(compute)  # torchmetrics makes a scalar of the value of a single group.
@@ -172,9 +174,9 @@ class GroupedCrossEntropy(TallyMetric):
 def grouped_cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
+    *,
     group: Tensor,
     weight: Tensor | None = None,
-    *,
     num_groups: int,
     input: Input = "logits",
     class_dim: int = -1,
@@ -241,11 +243,11 @@ def grouped_cross_entropy(
         Shannon, A Mathematical Theory of Communication, 1948; by position, Khandelwal et al., Sharp nearby, fuzzy far
         away, 2018.
 
-    >>> grouped_cross_entropy(torch.zeros(3, 8), torch.tensor([0, 1, 2]), torch.tensor([0, 2, 2]), num_groups=3)
+    >>> grouped_cross_entropy(torch.zeros(3, 8), torch.tensor([0, 1, 2]), group=torch.tensor([0, 2, 2]), num_groups=3)
     tensor([2.0794,    nan, 2.0794], dtype=torch.float64)
     """
     check_unit(unit)
-    check_num_classes("num_groups", num_groups)
+    num_groups = as_num_classes("num_groups", num_groups)
     check_class_weight(class_weight, input)
     check_reading(nan_policy)
     options = LossOptions(
@@ -259,6 +261,6 @@ def grouped_cross_entropy(
         backend=backend,
     )
     batch = tally_grouped(
-        preds, target, group, weight, options=options, num_groups=num_groups, class_weight=class_weight
+        preds, target, group=group, weight=weight, options=options, num_groups=num_groups, class_weight=class_weight
     )
     return read_batch(batch, nan_policy).in_unit(unit)

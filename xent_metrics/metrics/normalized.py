@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import check_hard, check_num_classes
+from xent_metrics._validate import as_num_classes, check_hard
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -24,8 +24,8 @@ from xent_metrics.tally import GroupTally, tally_groups
 def tally_by_class(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     options: LossOptions,
     num_classes: int,
 ) -> GroupTally:
@@ -140,10 +140,10 @@ class NormalizedCrossEntropy(LossMetric):
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
-        check_num_classes("num_classes", num_classes, 2)
+        num_classes = as_num_classes("num_classes", num_classes, 2)
         options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
         zero, decides = GroupTally.zero(num_classes), {"num_classes": num_classes}
-        super().__init__(options, nan_policy, zero=zero, decides=decides, **kwargs)
+        super().__init__(options, nan_policy, 0.95, zero, decides, **kwargs)
 
     def _read(self, reading: GroupReading | DeviceReading) -> Tensor:  # type: ignore[override]
         return self._as_tensor(normalized(reading))
@@ -152,8 +152,8 @@ class NormalizedCrossEntropy(LossMetric):
 def normalized_cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     num_classes: int,
     input: Input = "logits",
     class_dim: int = -1,
@@ -208,8 +208,8 @@ def normalized_cross_entropy(
     >>> normalized_cross_entropy(torch.zeros(4, 2), torch.tensor([0, 1, 1, 0]), num_classes=2)
     tensor(1., dtype=torch.float64)
     """
-    check_num_classes("num_classes", num_classes, 2)
+    num_classes = as_num_classes("num_classes", num_classes, 2)
     check_reading(nan_policy)
     options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
-    batch = tally_by_class(preds, target, weight, options=options, num_classes=num_classes)
+    batch = tally_by_class(preds, target, weight=weight, options=options, num_classes=num_classes)
     return _normalized_on_device(read_batch(batch, nan_policy))

@@ -88,8 +88,8 @@ class Perplexity(LossMetric):
 def perplexity(
     preds: Tensor | LinearLogits,
     target: Tensor,
-    weight: Tensor | None = None,
     *,
+    weight: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     ignore_index: int | None = -100,
@@ -147,4 +147,4 @@ def perplexity(
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    return read_batch(tally_batch(preds, target, weight, options=options), nan_policy).perplexity
+    return read_batch(tally_batch(preds, target, weight=weight, options=options), nan_policy).perplexity
