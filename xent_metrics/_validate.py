@@ -346,7 +346,8 @@ def as_plain(value: Any) -> Any:
         return value
     if isinstance(value, int | float):
         return value if type(value) in (int, float) else int(value) if isinstance(value, int) else float(value)
-    if str(getattr(value, "dtype", "")).endswith("bool"):  # Which some have an index of.
+    # A tensor may be on a device that would be waited for; and some booleans have an index.
+    if isinstance(value, Tensor) or str(getattr(value, "dtype", "")).endswith("bool"):
         return value
     try:
         return int(operator.index(value))

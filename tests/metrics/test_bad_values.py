@@ -96,7 +96,8 @@ CASES = [
         for bad, fix in (
             (-1, "pass ignore_index=-1 if it marks"),
             (-1.0, "pass ignore_index=-1 if it marks"),
-            *((bad, "more than two classes") for bad in (2, 2**40, 1.5, -0.5, math.nan, math.inf, -math.inf)),
+            *((bad, "more than two classes") for bad in (2, 2**40, 1.5, -0.5, math.inf, -math.inf)),
+            (math.nan, "mask them with weight=~target.isnan()"),
         )
     ),
     *(

@@ -56,7 +56,9 @@ def test_options_are_checked(case: Case) -> None:
     known = inspect.signature(case.metric_class).parameters
     unknown = {"label_smooth", "label_smoothing", "token_byte", "confidences"} - set(known)
     for name in unknown:
-        with pytest.raises(ValueError, match=f"Unexpected keyword arguments: `{name}`"):
+        with pytest.raises(
+            ValueError, match=f"(Unexpected keyword arguments: `{name}`|`{name}` must not be passed to )"
+        ):
             case.metric(**{name: 0.1})
     with pytest.raises(ValueError, match="`nan_policy` must be one of"):
         case.metric(nan_policy="drop")

@@ -24,7 +24,7 @@ class Mark(IntEnum):
     CLASSES, PADDING, GROUPS, ALL = -1, 1, 3, K
 
 
-AS_INTEGERS = [np.int64, np.int8, np.array, Mark, lambda x: np.array([x])[0], torch.tensor]
+AS_INTEGERS = [np.int64, np.int8, np.array, Mark, lambda x: np.array([x])[0]]
 AS_NUMBERS = [np.float64, np.float32, np.float16, Fraction]
 
 

@@ -77,6 +77,7 @@ MISTAKES = (
         "but {number} scored targets had others; mend them, or mask their targets with `weight`, {again}",
     ),
 )
+_VOID = 255  # The label of segmentation that is no class.
 _MISTAKE_BIT = 4  # Of all statuses above, and of no other.
 _BY_STATUS = {mistake.status: mistake for mistake in MISTAKES}
 
@@ -173,7 +174,7 @@ def _wrong_target(
 
     if isinstance(options, BinaryOptions):
         example = target.reshape(-1)[where][0].item()
-        fix = _fix(example, "more than two classes go to CrossEntropy")
+        fix = _fix(example, options, _binary_fix(example))
         return say(f"0 and 1, or soft labels between them{or_ignored}", example, fix)
     target = options.shifted(preds, target)[1]
     if target.is_floating_point():
@@ -186,7 +187,7 @@ def _wrong_target(
             "do not",
         )
     example = target.reshape(-1)[where][0].item()
-    fix = _fix(example, "check the vocabulary size")
+    fix = _fix(example, options, "check the vocabulary size")
     limit = preds.shape[options.class_dim] if options.input != "losses" else num_ids
     if num_ids is not None and limit is not None and num_ids <= example < limit:
         fix = f"`token_bytes` has {num_ids} entries for {limit} classes: make it of this vocabulary, or pad it with 0"
@@ -194,7 +195,19 @@ def _wrong_target(
     return say(f"class indices in [0, {limit}){or_ignored}", example, fix)
 
 
-def _fix(example: float, otherwise: str) -> str:
-    """Return what to do about a target: negative integers usually mark what is to be left out."""
-    marks = example < 0 and math.isfinite(example) and example == int(example)
-    return f"pass ignore_index={int(example)} if it marks targets to leave out" if marks else otherwise
+def _fix(example: float, options: LossOptions | BinaryOptions, otherwise: str) -> str:
+    """Return what to do about a target: negative integers, and 255 in pictures, usually mark what is to be left out."""
+    marks = math.isfinite(example) and example == int(example) and (example < 0 or example == _VOID)
+    if not marks:
+        return otherwise
+    if options.ignore_index in (None, -100):  # Another one was chosen for something else that is left out.
+        fix = f"pass ignore_index={int(example)} if it marks targets to leave out"
+        return fix if example < 0 else f"{fix}, or {otherwise}"
+    return f"pass weight=target != {int(example)} as well if it marks targets to leave out"
+
+
+def _binary_fix(example: float) -> str:
+    """Return what to do about a target that is not yes or no."""
+    if math.isnan(example):
+        return "mask them with weight=~target.isnan() if they are missing"
+    return "more than two classes go to CrossEntropy"
