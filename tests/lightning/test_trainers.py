@@ -115,7 +115,8 @@ def test_a_fast_dev_run_reads_its_few_batches(tmp_path, num) -> None:
     assert len(module.train_batches) == num
     expected = Expected().validations(module.evaluations, 0).epochs(module.train_batches, (num, 0))
     values = {tag: value for tag, [(_, value)] in expected.points.items()}
-    assert monitored(trainer) == pytest.approx(values | tagged("train", readings(module.train_batches[-1:])), rel=1e-6)
+    # The ends of an interval of few sequences are many standard errors away, and are exponentiated.
+    assert monitored(trainer) == pytest.approx(values | tagged("train", readings(module.train_batches[-1:])), rel=1e-5)
     trainer.test(module, ragged_loader(3, seed=4), verbose=False)
     tested = readings(module.evaluations[-1][0])
     assert monitored(trainer)["test/perplexity"] == pytest.approx(tested["perplexity"], rel=1e-6)

@@ -129,7 +129,8 @@ OF_LOGITS = {
 def test_every_metric(case: Case, weighed: bool) -> None:
     """Every metric of logits, with whatever options, reads what the independent judge reads, in all ways to update."""
     batches = case.batches(weighed=weighed)
-    expected = pytest.approx(numbers(case.expected(*batches)), rel=1e-11, abs=1e-11, nan_ok=True)
+    # The ends of an interval of few sequences are many standard errors away, and are exponentiated.
+    expected = pytest.approx(numbers(case.expected(*batches)), rel=1e-9, abs=1e-9, nan_ok=True)
     assert numbers(case.filled(*map(factorize, batches)).compute()) == expected
     metric = case.metric()
     for batch in batches:
