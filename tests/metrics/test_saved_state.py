@@ -233,7 +233,7 @@ def make_old(old: dict[str, Any], **options: Any) -> Any:
 @pytest.mark.parametrize("within", ["", "0."])
 @pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
 def test_states_of_0_1_0_are_converted(old: dict[str, Any], within: str) -> None:
-    """What the first version saved loads into a metric that is configured alike, and reads the same, intervals apart."""
+    """What the first version saved loads into a metric that is configured alike, and reads the same, but intervals."""
     metric = persistent(make_old(old))
     module = nn.Sequential(metric) if within else metric
     module.load_state_dict({within + old["key"]: torch.tensor(old["state"])}, strict=True)
