@@ -192,7 +192,8 @@ def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
     """In a function that is compiled there is one graph, which does not grow with the batch."""
     small, large = (graph_of(backend, num_rows, soft) for num_rows in (20, 300))
     assert small.sizes == large.sizes
-    assert small.passes == large.passes == 1
+    # Soft targets take logits relative to the largest twice, which a compiler makes once.
+    assert small.passes == large.passes == 1 + soft
 
 
 def test_eager_is_a_part_in_blocks() -> None:
