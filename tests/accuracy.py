@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torcheval.metrics import Perplexity as OfTorcheval
 from torchmetrics.text import Perplexity
 
-from tests.bench import MARK, TORCHEVAL, TORCHMETRICS, UPCAST, describe_machine, head, put_between_marks, reason, row
+from tests.bench import MARK, TORCHEVAL, TORCHMETRICS, UPCAST, describe_machine, head, publish, reason, row
 from tests.score_rows import make_rows, true_losses, worst
 from xent_metrics.functional import per_target_losses
 
@@ -150,12 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="few rows, nothing compiled: shows only that it runs")
     parser.add_argument("--into", type=Path, help=f"also put the report between the {MARK} lines of a page")
     options = parser.parse_args(arguments)
-    lines = []
-    for line in report(options.quick):
-        print(line, flush=True)
-        lines.append(line)
-    if options.into:
-        put_between_marks(options.into, "\n".join(lines))
+    publish(report(options.quick), options.into)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -855,6 +855,16 @@ def report(quick: bool, allocators: Sequence[str]) -> Iterator[str]:
     yield load.at_end()
 
 
+def publish(lines: Iterable[str], page: Path | None) -> None:
+    """Print the lines of a report as they come, and put them into a page if there is one."""
+    printed = []
+    for line in lines:
+        print(line, flush=True)
+        printed.append(line)
+    if page:
+        put_between_marks(page, "\n".join(printed))
+
+
 def put_between_marks(path: Path, text: str) -> None:
     """Put a report in place of the one that a page has."""
     parts = path.read_text().split(MARK)
@@ -876,12 +886,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.part:
         print(json.dumps(PARTS[options.part](options.quick)))
         return
-    lines = []
-    for line in report(options.quick, options.allocator):
-        print(line, flush=True)
-        lines.append(line)
-    if options.into:
-        put_between_marks(options.into, "\n".join(lines))
+    publish(report(options.quick, options.allocator), options.into)
 
 
 if __name__ == "__main__":

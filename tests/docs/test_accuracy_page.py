@@ -13,7 +13,7 @@ def _quick(tmp_path_factory) -> tuple[list[str], str]:
     page.write_text(f"before\n{bench.MARK}\nan older run\n{bench.MARK}\nafter\n")
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(accuracy, "print", lambda line, **_: lines.append(line), raising=False)
+        patch.setattr(bench, "print", lambda line, **_: lines.append(line), raising=False)
         accuracy.main(["--quick", "--into", str(page)])
     return lines, page.read_text()
 

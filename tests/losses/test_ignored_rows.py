@@ -289,7 +289,7 @@ def test_losses_have_no_graph() -> None:
 def _leave_out_rows_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out rows of any number of logits, and have room for three rows of three float32 at a time."""
     monkeypatch.setattr(rows, "_FEW_SCORES", 0)
-    monkeypatch.setattr(rows, "_BUFFER_BYTES", {"cpu": 3 * 3 * 4})
+    monkeypatch.setitem(rows._SIZES, "cpu", rows._SIZES["cpu"]._replace(buffer=3 * 3 * 4))
 
 
 def assert_rows_are_found(scores: Tensor, kept: Tensor, class_dim: int = -1) -> None:

@@ -78,10 +78,8 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
         distributions = replace(options, input="probs", eps=None)
         reader = RowReader(target, None, distributions)
         reduction = Reduction(kernels.entropy, reader, temporaries=4, smoothing=smoothing)  # In float64.
-        start = 0
         for rows, probs in reader.groups():
-            results.add(start, num_rows_in(rows), reduction(probs))
-            start += num_rows_in(rows)
+            results.add(num_rows_in(rows), reduction(probs))
         return _no_losses(target) if results.joined is None else results.joined[0]
 
 
@@ -110,15 +108,13 @@ def _score_hard(
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
     reader = RowReader(preds, None, options, scored)
     reduction = Reduction(kernels.sum_hard, reader, smooth=smoothing > 0, **constants)
-    start = 0
     for rows, (scores,) in reader.groups():
         sums = RowSums(*reduction([scores], class_weight))
         weights = None if denominator is None else of_rows(denominator, rows)
         loss = kernels.losses_of_hard(
             scores, of_rows(index, rows), sums, weights, class_weight, smoothing=smoothing, **constants
         )
-        results.add(start, num_rows_in(rows), (loss, sums.improper))
-        start += num_rows_in(rows)
+        results.add(num_rows_in(rows), (loss, sums.improper))
     if results.joined is None:
         return TargetLosses(_no_losses(index).new_zeros(index.shape), denominator, status)
     loss, improper = results.joined
@@ -145,13 +141,11 @@ def _score_soft(
         smooth=smoothing > 0,
         excess=_SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
     )
-    start = 0
     for rows, group in reader.groups():
         *parts, of_target, coefficients, out_of_range = reduction(group, class_weight)
         sums = RowSums(*parts)
         loss = kernels.losses_of_soft(group[0], sums, of_target, coefficients, class_weight, smoothing=smoothing)
-        results.add(start, num_rows_in(rows), (loss, out_of_range, sums.improper))
-        start += num_rows_in(rows)
+        results.add(num_rows_in(rows), (loss, out_of_range, sums.improper))
     if results.joined is None:
         return TargetLosses(_no_losses(target))
     loss, out_of_range, improper = results.joined

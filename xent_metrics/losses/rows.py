@@ -10,6 +10,7 @@ A *group* of rows is what losses are finished for at once; a kernel reads it in 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,26 +25,40 @@ from xent_metrics.losses.target_losses import SCORED
 Rows = slice | Tensor
 """Which of the rows: a range, or their indices."""
 
-# Rows in the buffer of a kernel: on the CPU 4 MiB of them, about the size of two cores' L2, fastest of 0.25 to 16 MiB;
-# and one for each thread, if that is more. On accelerators, where nothing was measured, a quarter of the 256 MiB that
-# Liger Kernel allows itself for temporary logits: to read and write that takes tens of microseconds at 3 TB/s, some
-# times as long as starting a kernel.
-_BUFFER_BYTES = {"cpu": 4 * 2**20}
-_ACCELERATOR_BUFFER_BYTES = 64 * 2**20
 
-# Of logits that are made where they are scored, so many at once, beside a smaller buffer than that above. Each matmul
-# reads all of the head's weight: below 128 rows that shows, and on the CPU nothing is gained above 512.
-_LINEAR_BYTES = {"cpu": 63 * 2**20}
-_ACCELERATOR_LINEAR_BYTES = 256 * 2**20
-_LINEAR_BUFFER_BYTES = {"cpu": 2**20}
-_FEWEST_LINEAR_ROWS = 128
-_MOST_LINEAR_ROWS = {"cpu": 512}
-_MOST_ACCELERATOR_LINEAR_ROWS = 1024
+class Sizes(NamedTuple):
+    """How much a device works on at a time: the only place that knows devices.
 
-# What is finished at once: the sums of chunks, and 64 terms of each row, in float64, are a MiB or less. On
-# accelerators, where each of its operators is a kernel to start, they are some 64 MiB.
-_MOST_CHUNKS, _MOST_ROWS = {"cpu": 2**17}, {"cpu": 512}
-_MOST_ACCELERATOR_CHUNKS, _MOST_ACCELERATOR_ROWS = 2**22, 2**14
+    Attributes:
+        buffer: Bytes of the rows that a kernel is given.
+        head_buffer: The same where the rows are logits that were just made.
+        products: Bytes of logits that are made at once from hidden states.
+        product_rows: Rows of them, at most.
+        chunks: Sums of chunks that are finished at once, of which there are copies in float64.
+        rows: Rows that are finished at once, at most; 64 terms of each are made in float64.
+    """
+
+    buffer: int
+    head_buffer: int
+    products: int
+    product_rows: int
+    chunks: int
+    rows: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Sizes:
+        """Return those of a device."""
+        return _SIZES.get(device.type, _ACCELERATOR_SIZES)
+
+
+# Buffers of 4 MiB, about the size of two cores' L2, are the fastest of 0.25 to 16 MiB. Above 512 rows nothing is gained
+# in a matmul.
+_SIZES = {"cpu": Sizes(4 * 2**20, 2**20, 63 * 2**20, 512, 2**17, 512)}
+# Nothing was measured. A quarter of the 256 MiB that Liger Kernel allows itself for temporary logits takes tens of
+# microseconds to be read and written at 3 TB/s, some times as long as starting a kernel. A matmul reads all of the
+# head's weight, the fewer times the better.
+_ACCELERATOR_SIZES = Sizes(64 * 2**20, 64 * 2**20, 256 * 2**20, 1024, 2**22, 2**14)
+_FEWEST_PRODUCT_ROWS = 128  # Below that it shows that each matmul reads all of the head's weight.
 
 # Rows that are left out can be skipped if the others are gathered, which costs more than it saves while they are few.
 _MOST_SCORED = 0.75
@@ -59,11 +74,11 @@ class RowResults:
     """Results of some rows after others, in whole tensors: many small ones would litter the memory."""
 
     def __init__(self, num_rows: int) -> None:
-        self._num_rows = num_rows
+        self._num_rows, self._next = num_rows, 0
         self.joined: Results | None = None  # Until there is something.
 
-    def add(self, start: int, count: int, results: Results) -> None:
-        """Add what was returned of so many rows, from one on."""
+    def add(self, count: int, results: Results) -> None:
+        """Add the first so many of the results of the next rows."""
         results = tuple(None if x is None else _first(x, count) for x in results)
         if count == self._num_rows:
             self.joined = results
@@ -72,7 +87,8 @@ class RowResults:
             self.joined = tuple(None if x is None else x.new_empty(self._num_rows, *x.shape[1:]) for x in results)
         for whole, x in zip(self.joined, results, strict=True):
             if x is not None:
-                whole[start : start + count] = x
+                whole[self._next : self._next + count] = x
+        self._next += count
 
 
 class RowReader:
@@ -89,6 +105,7 @@ class RowReader:
         self, preds: Tensor | LinearLogits, target: Tensor | None, options: LossOptions, scored: Tensor | None = None
     ) -> None:
         self.preds, self.backend, self._scored = preds, options.backend, scored
+        self._sizes = Sizes.of(preds.device)
         self.num_classes, self.dtype = preds.shape[options.class_dim], score_dtype(preds)
         last = options.class_dim in (-1, preds.dim() - 1)
         self._tensors = [
@@ -103,9 +120,8 @@ class RowReader:
         """Return how many rows a kernel is given at a time, eagerly."""
         if not num_chunks(self.num_classes, self.dtype):
             num_buffers *= 2  # A float64 sum makes a copy.
-        return self._rows_in(
-            _LINEAR_BUFFER_BYTES if isinstance(self.preds, LinearLogits) else _BUFFER_BYTES, num_buffers
-        )
+        is_linear = isinstance(self.preds, LinearLogits)
+        return self._rows_in(self._sizes.head_buffer if is_linear else self._sizes.buffer, num_buffers)
 
     def groups(self) -> Iterator[Group]:
         """Yield the groups, in order."""
@@ -122,25 +138,22 @@ class RowReader:
         for rows, parts in blocks:
             yield rows, [_as_rows(x, copy) for x, copy in zip(parts, copies, strict=True)]
 
-    def _rows_in(self, sizes: dict[str, int], num_tensors: int) -> int:
-        """Return how many rows of so many tensors fit a size, two at least, and one for each thread."""
-        num_bytes = num_tensors * self.num_classes * self.dtype.itemsize
-        num_rows = sizes.get(self.preds.device.type, _ACCELERATOR_BUFFER_BYTES) // max(1, num_bytes)
+    def _rows_in(self, size: int, num_tensors: int) -> int:
+        """Return how many rows of so many tensors fit a number of bytes, two at least, and one for each thread."""
+        num_rows = size // max(1, num_tensors * self.num_classes * self.dtype.itemsize)
         shared = isinstance(self.preds, Tensor) and _runtime.can_read_values(self.preds)
         return max(2, num_rows, torch.get_num_threads() if shared else 0)
 
     def _rows_at_once(self) -> int:
-        """Return how many rows may be finished at once; with `rows_in_buffer` the only place that knows devices."""
+        """Return how many rows may be finished at once."""
         if _runtime.is_traced() and fuses(self.backend):
             return self.num_rows
         chunks = num_chunks(self.num_classes, self.dtype)
-        device, most = self.preds.device.type, self.num_rows
         if chunks:
-            most = _MOST_CHUNKS.get(device, _MOST_ACCELERATOR_CHUNKS) // chunks
-            most = min(most, _MOST_ROWS.get(device, _MOST_ACCELERATOR_ROWS))
-        if not fuses(self.backend) and not chunks:
-            most = self.rows_in_buffer(1)
-        return min(most, self._rows_in(_BUFFER_BYTES, 2 * self._num_copies)) if self._num_copies else most
+            most = min(self._sizes.chunks // chunks, self._sizes.rows)
+        else:
+            most = self.num_rows if fuses(self.backend) else self.rows_in_buffer(1)
+        return min(most, self._rows_in(self._sizes.buffer // 2, self._num_copies)) if self._num_copies else most
 
 
 class Reduction:
@@ -180,11 +193,13 @@ class Reduction:
         if count <= max_rows and self._buffers[0] is None:
             return run(self._backend, self._kernel, [*tensors, *self._buffers], others, **self._constants)
         for start in range(0, count, max_rows):
-            first = min(start, count - 2)  # Of two rows at least.
+            first = min(start, count - 2)  # A row that is left alone is read once more with the one before it.
             block = [x[first : first + max_rows] if count > max_rows else x for x in tensors]
             size = len(block[0])
             buffers = [None if x is None else _first(x, size) for x in self._buffers]
-            results.add(first, size, self._kernel(*block, *buffers, *others, **self._constants))
+            found = self._kernel(*block, *buffers, *others, **self._constants)
+            again = start - first
+            results.add(size - again, tuple(None if x is None else x[again:] for x in found) if again else found)
         assert results.joined is not None
         return results.joined
 
@@ -248,7 +263,9 @@ def _linear_blocks(
     num_classes, dtype = preds.shape[-1], preds.dtype
     weight = preds.weight.to(dtype).t()  # Cast once, as autocast does.
     bias = None if preds.bias is None else preds.bias.to(dtype)
-    at_once = _rows_of_products(num_classes * dtype.itemsize, preds.device.type)
+    sizes = Sizes.of(preds.device)
+    at_once = min(sizes.products // (num_classes * dtype.itemsize), sizes.product_rows)
+    at_once = max(_FEWEST_PRODUCT_ROWS, at_once)
     num_rows = min(at_once, preds.numel() // num_classes)
     buffer = torch.empty(num_rows, num_classes, dtype=dtype, device=preds.device)
     for rows, (hidden, *targets) in _hidden_blocks(preds.hidden, soft, at_once, scored):
@@ -259,12 +276,6 @@ def _linear_blocks(
             torch.addmm(bias, flat, weight, out=logits)
         for some, parts in row_blocks([logits.view(*hidden.shape[:-1], num_classes), *targets], max_rows):
             yield _among(rows, some), parts
-
-
-def _rows_of_products(num_bytes: int, device: str) -> int:
-    """Return how many rows of so many bytes are multiplied at once."""
-    num_rows = _LINEAR_BYTES.get(device, _ACCELERATOR_LINEAR_BYTES) // num_bytes
-    return max(_FEWEST_LINEAR_ROWS, min(num_rows, _MOST_LINEAR_ROWS.get(device, _MOST_ACCELERATOR_LINEAR_ROWS)))
 
 
 def _hidden_blocks(

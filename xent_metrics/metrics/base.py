@@ -87,10 +87,10 @@ class TallyMetric(Metric):
     Args:
         options: What decides the losses.
         nan_policy: What infinite and NaN losses do: `"propagate"`, `"omit"` or `"raise"`.
-        confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
-        zero: The tally of nothing; None for `Tally.zero()`.
         decides: The other keyword arguments of the tally function: tensors, sizes, process groups. They become
             attributes of the same names.
+        zero: The tally of nothing; None for `Tally.zero()`.
+        confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
         **kwargs: torchmetrics' own, such as `process_group` and `sync_on_compute`.
     """
 
@@ -108,9 +108,9 @@ class TallyMetric(Metric):
         self,
         options: LossOptions | BinaryOptions,
         nan_policy: NanPolicy,
-        confidence: float = 0.95,
-        zero: Tally | GroupTally | None = None,
         decides: Mapping[str, Any] | None = None,
+        zero: Tally | GroupTally | None = None,
+        confidence: float = 0.95,
         /,  # So that no class takes them by these names without saying so.
         **kwargs: Any,
     ) -> None:

@@ -104,7 +104,7 @@ class BinaryCrossEntropy(TallyMetric):
         options = BinaryOptions(
             input=input, label_smoothing=label_smoothing, ignore_index=ignore_index, eps=eps, backend=backend
         )
-        super().__init__(options, nan_policy, 0.95, None, {"pos_weight": pos_weight}, **kwargs)
+        super().__init__(options, nan_policy, {"pos_weight": pos_weight}, **kwargs)
         self.unit = unit
 
     def update(self, preds: Tensor, target: Tensor, *, weight: Tensor | None = None) -> None:

@@ -126,7 +126,7 @@ class BitsPerByte(TallyMetric):
         options = LossOptions(
             input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
         )
-        super().__init__(options, nan_policy, 0.95, None, {"token_bytes": token_table(token_bytes)}, **kwargs)
+        super().__init__(options, nan_policy, {"token_bytes": token_table(token_bytes)}, **kwargs)
 
     def update(
         self,

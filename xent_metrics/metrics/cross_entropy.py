@@ -130,7 +130,7 @@ class CrossEntropy(LossMetric):
             shift=shift,
             backend=backend,
         )
-        super().__init__(options, nan_policy, 0.95, None, {"class_weight": class_weight}, **kwargs)
+        super().__init__(options, nan_policy, {"class_weight": class_weight}, **kwargs)
         self.unit = unit
 
     def _read(self, reading: Reading[Any, Any]) -> Tensor:  # type: ignore[override]

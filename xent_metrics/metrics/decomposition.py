@@ -135,7 +135,7 @@ class CrossEntropyDecomposition(LossMetric):
             label_smoothing_over=label_smoothing_over,
             backend=backend,
         )
-        super().__init__(options, nan_policy, 0.95, Tally.zero(num_tallies=3), **kwargs)
+        super().__init__(options, nan_policy, None, Tally.zero(num_tallies=3), **kwargs)
 
     def _parts(self, tally: Tally) -> tuple[Tally, Tally]:
         return _total_and_entropy(tally, self.nan_policy)

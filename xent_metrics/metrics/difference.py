@@ -140,7 +140,7 @@ class CrossEntropyDifference(TallyMetric):
         options = LossOptions(
             input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
         )
-        super().__init__(options, nan_policy, confidence, None, {"sequence_group": sequence_group}, **kwargs)
+        super().__init__(options, nan_policy, {"sequence_group": sequence_group}, None, confidence, **kwargs)
 
     def update(
         self,

@@ -129,7 +129,7 @@ class GroupedCrossEntropy(TallyMetric):
             backend=backend,
         )
         decides = {"class_weight": class_weight, "num_groups": num_groups}
-        super().__init__(options, nan_policy, 0.95, GroupTally.zero(num_groups), decides, **kwargs)
+        super().__init__(options, nan_policy, decides, GroupTally.zero(num_groups), **kwargs)
         self.unit = unit
 
     def update(

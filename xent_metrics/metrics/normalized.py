@@ -143,7 +143,7 @@ class NormalizedCrossEntropy(LossMetric):
         num_classes = as_num_classes("num_classes", num_classes, 2)
         options = LossOptions(input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, backend=backend)
         zero, decides = GroupTally.zero(num_classes), {"num_classes": num_classes}
-        super().__init__(options, nan_policy, 0.95, zero, decides, **kwargs)
+        super().__init__(options, nan_policy, decides, zero, **kwargs)
 
     def _read(self, reading: GroupReading | DeviceReading) -> Tensor:  # type: ignore[override]
         return self._as_tensor(normalized(reading))

@@ -105,7 +105,7 @@ class CrossEntropyReport(LossMetric):
         )
         zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
         decides = {"token_bytes": token_table(token_bytes), "sequence_group": sequence_group}
-        super().__init__(options, nan_policy, confidence, zero, decides, **kwargs)
+        super().__init__(options, nan_policy, decides, zero, confidence, **kwargs)
 
     def _read(  # type: ignore[override]
         self, reading: Reading[Any, Any], per_byte: Reading[Any, Any] | None = None

@@ -79,8 +79,8 @@ _UNIT_LIMIT = _SEQUENCE_LIMIT * 2**SEQUENCE_BITS
 _TOO_WIDE = [[x] for x in [1, 1, _SEQUENCE_LIMIT] * 2 + [_UNIT_LIMIT] * 2]
 _TOO_WIDE_IF_LONG = [[x] for x in [1, 1, 0] * 2 + [_UNIT_LIMIT] * 2]
 
-# Four kinds of losses, one after the other: NaN (put here as -inf), those that count as -inf, those that are summed,
-# and those that count as inf. These are the greatest of all kinds but the last.
+# Four kinds of losses, one after the other: NaN, which `_with_nonfinite` puts before all numbers, those that count as
+# -inf, those that are summed, and those that count as inf. These are the greatest of all kinds but the last.
 _GREATEST_OF_KIND = {
     dtype: [-math.inf, -LIMIT, LIMIT * (1 - torch.finfo(dtype).eps / 2)] for dtype in (torch.float32, torch.float64)
 }
@@ -144,17 +144,18 @@ def tally_groups(losses: TargetLosses, group: Tensor, num_groups: int) -> GroupT
 
 def _tally_block(losses: TargetLosses) -> Tally:
     """Tally a few whole sequences."""
-    # Asked in this order: traced code would be compiled again for few targets.
-    if _runtime.can_read_values(losses.loss) and losses.loss.numel() <= _FEW_TARGETS:
-        state = _few_targets(losses)
+    length = losses.loss.shape[1]
+    # Asked first: traced code would be compiled again for few targets.
+    if _runtime.can_read_values(losses.loss):
+        state = _few_targets(losses) if losses.loss.numel() <= _FEW_TARGETS else None
         if state is not None:
             return Tally(torch.tensor(state, device=losses.loss.device))
-    elif _runtime.can_read_values(losses.loss) and len(losses.loss) <= _FEW_SEQUENCES:
-        cleared = _cleared(losses)
-        if cleared.small and losses.loss.shape[1] <= _BLOCK_TARGETS:
-            return Tally(torch.tensor(_few_sequences(cleared), device=losses.loss.device))
-    targets, counts = _tally_targets(losses)
-    return Tally(torch.cat([_total(targets), *_tally_sequences(targets, losses.loss.shape[1], counts)]))
+    cleared = _cleared(losses) if 0 < length <= _BLOCK_TARGETS else None
+    # Numbers are only known to be small if they were read.
+    if cleared is not None and cleared.small and len(losses.loss) <= _FEW_SEQUENCES:
+        return Tally(torch.tensor(_few_sequences(cleared), device=losses.loss.device))
+    targets, counts = _tally_targets(losses) if cleared is None else cleared.targets()
+    return Tally(torch.cat([_total(targets), *_tally_sequences(targets, length, counts)]))
 
 
 def _few_targets(losses: TargetLosses) -> list[int] | None:
@@ -235,8 +236,7 @@ def _tally_targets(losses: TargetLosses) -> tuple[Tensor, Tensor]:
     """Return limbs of loss and weight of each sequence, (2, limbs, sequences), and `TARGET_COUNTS` of all."""
     length = losses.loss.shape[1]
     if 0 < length <= _BLOCK_TARGETS:
-        cleared = _cleared(losses)
-        return cleared.sequence_sums(), cleared.counts()
+        return _cleared(losses).targets()
     sums = losses.loss.new_zeros(2, NUM_LIMBS, len(losses.loss), dtype=torch.int64)
     counts = sums.new_zeros(len(TARGET_COUNTS))
     for start in range(0, length, _BLOCK_TARGETS):
@@ -301,6 +301,10 @@ class _Cleared(NamedTuple):
         """Whether all numbers, and their sums over sequences, are known to fit the two lowest limbs."""
         # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
         return self.most < _SEQUENCE_LIMIT and self.most * self.loss.numel() < _SEQUENCE_LIMIT
+
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """Return limbs of loss and weight of each sequence, and `TARGET_COUNTS` of all."""
+        return self.sequence_sums(), self.counts()
 
     def counted(self) -> list[int]:
         """Return `TARGET_COUNTS`, which the host reads."""
