@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -31,11 +32,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional.text import perplexity
 from torchmetrics.text import Perplexity
 
 from tests.conftest import allocator_peak
 from tests.distributed.ranks import Collectives, run_ranks
+from tests.score_rows import true_losses
 from xent_metrics import CrossEntropy, CrossEntropyReport, LinearLogits
+from xent_metrics.functional import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 MARK = "<!-- run -->"
@@ -84,6 +88,7 @@ class Cost(NamedTuple):
         faults: Minor page faults of a call, the median of all rounds.
         system: The share of all its CPU time that was the operating system's, where page faults are handled.
         note: What else was counted.
+        error: Of the value that it makes, a mean loss in nats, against float64; None if it makes none.
     """
 
     seconds: float
@@ -91,9 +96,31 @@ class Cost(NamedTuple):
     faults: float
     system: float
     note: str = ""
+    error: float | None = None
 
 
 Costs = dict[str, "Cost | str"]
+
+
+@dataclass(frozen=True)
+class Valued:
+    """A function that makes a value of a batch of logits.
+
+    Attributes:
+        function: What is measured.
+        value: The mean loss that it makes of the batch alone, in nats.
+        logits_and_target: The batch.
+    """
+
+    function: Function
+    value: Callable[[], float]
+    logits_and_target: tuple[Tensor, Tensor]
+
+    def __call__(self) -> object:
+        return self.function()
+
+    def error(self) -> float:
+        return self.value() - true_losses(*self.logits_and_target).mean().item()
 
 
 @dataclass(frozen=True)
@@ -178,7 +205,12 @@ def run_here(case: Case) -> Costs:
     measured = interleave(runnable, case.rounds, case.calls)
     costs: Costs = {}
     for name, reason in refused.items():
-        costs[name] = str(reason) if reason else measured[name]._replace(note=case.note(measured[name], runnable[name]))
+        if reason:
+            costs[name] = str(reason)
+            continue
+        cost, function = measured[name], runnable[name]
+        error = function.error() if isinstance(function, Valued) else None
+        costs[name] = cost._replace(note=case.note(cost, function), error=error)
     return with_one_read(costs)
 
 
@@ -266,26 +298,31 @@ def logits_and_target(shape: Shape, dtype: torch.dtype = torch.float32) -> tuple
 
 def updates(dtype: torch.dtype, shape: Shape) -> Functions:
     """A large batch, once through each metric, and once read."""
-    preds, target = logits_and_target(shape, dtype)
-    metric = CrossEntropy()
-    functions: Functions = {"`CrossEntropy.update`": lambda: metric.update(preds, target)}
+    batch = preds, target = logits_and_target(shape, dtype)
+    functions: Functions = {"`CrossEntropy.update`": own_update(batch)}
     functions |= {"sum()": preds.sum, "max()": preds.max, "amax(-1)": lambda: preds.amax(-1)}
-    functions[FULL] = lambda: F.cross_entropy(preds, target, reduction="sum")
+    functions[FULL] = Valued(partial(F.cross_entropy, *batch), lambda: F.cross_entropy(*batch).item(), batch)
     if dtype != torch.float32:
-        functions[UPCAST] = lambda: F.cross_entropy(preds.float(), target, reduction="sum")
+        upcast = lambda: F.cross_entropy(preds.float(), target)  # noqa: E731
+        functions[UPCAST] = Valued(upcast, lambda: upcast().item(), batch)
     sequence = preds[None], target[None]
-    functions[TORCHMETRICS] = partial(Perplexity().update, *sequence)
+    value = lambda: math.log(perplexity(*sequence).item())  # noqa: E731
+    functions[TORCHMETRICS] = Valued(partial(Perplexity().update, *sequence), value, batch)
     functions[TORCHEVAL] = attempt(lambda: torcheval_update(*sequence))
     return functions
 
 
+def own_update(batch: tuple[Tensor, Tensor], backend: Any = "auto") -> Function:
+    update = partial(CrossEntropy(backend=backend).update, *batch)
+    return Valued(update, lambda: cross_entropy(*batch, backend=backend).item(), batch)
+
+
 def compiled_updates(dtype: torch.dtype, shape: Shape) -> Functions:
     """The same with compiled losses, beside those that are not."""
-    preds, target = logits_and_target(shape, dtype)
-    compiled, eager = CrossEntropy(backend="compile"), CrossEntropy()
-    functions: Functions = {'`CrossEntropy(backend="compile").update`': lambda: compiled.update(preds, target)}
+    batch = preds, _ = logits_and_target(shape, dtype)
+    functions: Functions = {'`CrossEntropy(backend="compile").update`': own_update(batch, backend="compile")}
     functions |= {"sum()": preds.sum, "max()": preds.max, "amax(-1)": lambda: preds.amax(-1)}
-    return {**functions, "`CrossEntropy.update`": lambda: eager.update(preds, target)}
+    return {**functions, "`CrossEntropy.update`": own_update(batch)}
 
 
 def torcheval_update(preds: Tensor, target: Tensor) -> Function:
@@ -294,7 +331,8 @@ def torcheval_update(preds: Tensor, target: Tensor) -> Function:
     temporary = target.numel() ** 2 * preds.element_size()
     if temporary > 2**30:
         raise MemoryError(f"its N x N temporary has {temporary / 2**30:.1f} GiB")
-    return partial(OfTorcheval().update, preds, target)
+    value = lambda: math.log(OfTorcheval().update(preds, target).compute().item())  # noqa: E731
+    return Valued(partial(OfTorcheval().update, preds, target), value, (preds[0], target[0]))
 
 
 def mostly_ignored(shape: Shape) -> Functions:
@@ -662,16 +700,18 @@ def time_rows(case: Case, costs: Costs) -> Iterator[str]:
     """A row for the library, and one for each that it is compared with."""
     (first, library), *_ = costs.items()
     for name, cost in costs.items():
+        error = "" if isinstance(cost, str) or cost.error is None else f"{cost.error:+.1e}"
         what = f"**{case.what}**, {case.threads} thread{'s' * (case.threads > 1)}" if name == first else ""
         if isinstance(cost, str) or isinstance(library, str):
-            yield row(what, name, cost if isinstance(cost, str) else duration(cost.seconds), "", "", "")
+            yield row(what, name, cost if isinstance(cost, str) else duration(cost.seconds), "", "", "", error)
             continue
         ratio, limit = library.seconds / cost.seconds, (case.targets or {}).get(name)
         if name == first:
             goal = target(library.seconds, case.at_most, duration)
-            yield row(what, name, duration(cost.seconds), "", goal, cost.note)
+            yield row(what, name, duration(cost.seconds), "", goal, cost.note, error)
         else:
-            yield row(what, name, duration(cost.seconds), times(ratio), target(ratio, limit, times), cost.note)
+            goal = target(ratio, limit, times)
+            yield row(what, name, duration(cost.seconds), times(ratio), goal, cost.note, error)
 
 
 def memory_rows(index: int, found: Mapping[str, Any]) -> Iterator[str]:
@@ -818,7 +858,7 @@ def report(quick: bool, allocators: Sequence[str]) -> Iterator[str]:
     yield ""
     yield "### Time"
     yield ""
-    yield from head("what", "measured", "time of a call", "library / this", "target", "besides")
+    yield from head("what", "measured", "time of a call", "library / this", "target", "besides", "error")
     for case in CASES:
         yield from time_rows(case, measure(case.quick() if quick else case))
     yield ""
