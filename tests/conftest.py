@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from xent_metrics import _runtime, readings
+from xent_metrics import _intervals, _runtime, _student, readings
 from xent_metrics.losses.target_losses import NUM_STATUSES
 from xent_metrics.tally import accumulate, limbs, tally
 
@@ -39,14 +39,16 @@ def _constants_are_where_they_are_needed() -> None:
 def copy_constants(device: str) -> None:
     """Copy the constants of a tally to a device."""
     floats = [limbs._SCALES, tally.UNITS, tally.GROUP_UNITS, readings._IF_NOT_COUNTED, *readings._IF_COUNTED.values()]
+    floats += [_intervals._POWERS, _intervals._START, _student.quantile_series(0.95)]
     integers = [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS, accumulate._SHIFTS]
     integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG]
     beside = torch.empty(0, device=device)
     for values, dtype in (*((x, torch.float64) for x in floats), *((x, torch.int64) for x in integers)):
         _runtime.constant(values, beside, dtype)
     _runtime.constant(accumulate._STATUS_OF_KIND, beside, torch.int8)
-    for dtype, bounds in accumulate._GREATEST_OF_KIND.items():
-        _runtime.constant(bounds, beside, dtype)
+    for of_dtype in (accumulate._GREATEST_OF_KIND, _intervals._CONDITIONS):
+        for dtype, values in of_dtype.items():
+            _runtime.constant(values, beside, dtype)
     for dtype in (torch.float32, torch.float64):
         _runtime.constant(0, beside, dtype)
     for code in range(NUM_STATUSES):
