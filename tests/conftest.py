@@ -39,7 +39,7 @@ def _constants_are_where_they_are_needed() -> None:
 def copy_constants(device: str) -> None:
     """Copy the constants of a tally to a device."""
     floats = [limbs._SCALES, tally.UNITS, tally.GROUP_UNITS, readings._IF_NOT_COUNTED, *readings._IF_COUNTED.values()]
-    floats += [_intervals._POWERS, _intervals._START, _student.quantile_series(0.95)]
+    floats += [_intervals._POWERS, _intervals._START, *map(_student.quantile_series, (0.95, 0.8))]  # Of all cases.
     integers = [limbs._POWERS, accumulate._COUNTS, accumulate._TO_UNITS, accumulate._SHIFTS]
     integers += [accumulate._TOO_WIDE, accumulate._TOO_WIDE_IF_LONG]
     beside = torch.empty(0, device=device)
