@@ -84,9 +84,23 @@ _READINGS = (
         "Total bits over the **UTF-8 bytes** that the tokens stand for: comparable between tokenizers. Lower is "
         "better.",
     ),
+    ReadingInfo(
+        "accuracy",
+        "1",
+        "**Share** of targets that are the most likely class, the lowest one of several. Higher is better; 1 is all.",
+    ),
+    ReadingInfo(
+        "entropy",
+        "nats",
+        "Mean entropy of the model's own distribution, in **nats**: the cross-entropy that it expects of itself. Below "
+        "the cross-entropy it is too sure, above it not sure enough.",
+    ),
 )
 READINGS = {info.name: info for info in _READINGS}
 """Every reading, in the order in which they are shown."""
+
+OF_OTHER_TALLIES = {"bits_per_byte": "bits_per_token", "accuracy": "cross_entropy", "entropy": "cross_entropy"}
+"""Which reading of a tally of its own each of these is."""
 
 _NONFINITE = ("positive_infinite", "negative_infinite", "nan")
 assert TARGET_COUNTS[-len(_NONFINITE) :] == _NONFINITE

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 
 def tally_scored(batch: ScoredBatch, sequence_group: ProcessGroup | None = None) -> Tally:
-    """Tally a scored batch; with losses per byte, two tallies side by side."""
+    """Tally a scored batch; with losses per byte, or others, several tallies side by side."""
     with _runtime.no_graph():
-        per_token = tally_losses(batch.per_token, sequence_group)
-        return per_token if batch.per_byte is None else Tally.stack(per_token, tally_losses(batch.per_byte))
+        losses, *others = batch.per_token.parts()
+        more = others if batch.per_byte is None else [batch.per_byte, *others]
+        per_token = tally_losses(losses, sequence_group)
+        return Tally.stack(per_token, *map(tally_losses, more)) if more else per_token
 
 
 def tally_scored_by_group(

@@ -381,7 +381,7 @@ def _sum_low_limbs(x: Tensor, sums: Tensor, most: float) -> None:
 
 def _cleared(losses: TargetLosses) -> _Cleared:
     """Decide for every target what it adds."""
-    loss, denominator, status = losses
+    loss, denominator, status, _ = losses
     extremes = _runtime.least_and_greatest(loss)
     heaviest: float = 1.0
     if denominator is not None:
