@@ -8,8 +8,8 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.metrics.base import LossMetric, token_table
-from xent_metrics.metrics.cross_entropy import tally_batch
+from xent_metrics.metrics.base import token_table
+from xent_metrics.metrics.cross_entropy import CrossEntropyMetric
 from xent_metrics.readings import OF_OTHER_TALLIES, READINGS, NanPolicy, Reading
 from xent_metrics.tally import Tally
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class CrossEntropyReport(LossMetric):
+class CrossEntropyReport(CrossEntropyMetric):
     """Every reading of one tally: nats, bits and perplexity with their uncertainty, and the counts behind them.
 
     One pass, one state and one synchronisation, where a collection of metrics needs one of each.
@@ -87,8 +87,6 @@ class CrossEntropyReport(LossMetric):
     {'cross_entropy': 2.0794, 'bits_per_token': 3.0, 'perplexity': 8.0, 'cross_entropy_stderr': 0.0,
      'cross_entropy_upper': 2.0794, 'perplexity_upper': 8.0, 'num_tokens': 5, 'num_ignored': 1, 'num_nonfinite': 0}
     """
-
-    _tally_function = staticmethod(tally_batch)
 
     def __init__(
         self,
