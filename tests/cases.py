@@ -288,6 +288,12 @@ def judge_groups(options: Options, data: Batch) -> list[float]:
     return [judge_cross_entropy(options, part) for part in masked]
 
 
+def judge_macro(options: Options, data: Batch) -> float:
+    """Unweighted mean over the groups that have targets."""
+    values = [x for x in judge_groups(options, data) if not math.isnan(x)]
+    return math.fsum(values) / len(values) if values else math.nan
+
+
 def judge_normalized(options: Options, data: Batch) -> float:
     """Cross-entropy over the entropy of the classes."""
     ids, targets = classes(options, data), [target for row in score(options, data) for target in row]
@@ -510,6 +516,9 @@ CASES = {
         judge_groups,
         {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
         {"extra": "group", "target": "soft"},
+    ),
+    "GroupedCrossEntropy-macro": Case(
+        GroupedCrossEntropy, judge_macro, {"num_groups": GROUPS, "average": "macro", "unit": "bits"}, {"extra": "group"}
     ),
     "NormalizedCrossEntropy": Case(NormalizedCrossEntropy, judge_normalized, {"num_classes": K}),
     "CrossEntropyDifference": Case(CrossEntropyDifference, judge_difference, {}, PAIR, passes=2),
