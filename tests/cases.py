@@ -194,7 +194,34 @@ def judge_report(options: Options, data: Batch) -> dict[str, float]:
         "num_ignored": data["target"][:, int(options.get("shift", False)) :].numel() - num_tokens,
         "num_nonfinite": reference.num_nonfinite(rows),
     }
-    return {**values, "bits_per_byte": judge_bits_per_byte(options, data)} if "token_bytes" in options else values
+    if "token_bytes" in options:
+        values["bits_per_byte"] = judge_bits_per_byte(options, data)
+    for name, value in (("accuracy", is_most_likely), ("entropy", own_entropy)):
+        if options.get(name):
+            values[name] = reference.cross_entropy([of_predictions(options, data, value)])
+    return values
+
+
+def of_predictions(options: Options, data: Batch, value: Callable[[list[float], Any], float]) -> list[Target]:
+    """Return a value of the log-probabilities and the class of every target that is not ignored, with its weight."""
+    first, form = int(options.get("shift", False)), options.get("input", "logits")
+    weight = data.get("weight", torch.ones(data["target"].shape))
+    targets = []
+    for scores, classes, weights in zip(data["preds"].tolist(), data["target"].tolist(), weight.tolist(), strict=True):
+        for x, y, w in zip(scores, classes[first:], weights[first:], strict=False):
+            if y != -100:
+                targets.append(Target(value(reference.log_probabilities(x, form), y), 1.0, w))
+    return targets
+
+
+def is_most_likely(log_probs: list[float], target: int) -> float:
+    """Return 1 if the target is the first of the most likely classes."""
+    return float(log_probs.index(max(log_probs)) == target)
+
+
+def own_entropy(log_probs: list[float], _: int) -> float:
+    """Return the entropy of a distribution."""
+    return reference.entropy([math.exp(x) for x in log_probs])
 
 
 def judge_bits_per_byte(options: Options, data: Batch) -> float:
@@ -259,6 +286,12 @@ def judge_groups(options: Options, data: Batch) -> list[float]:
     weight = data.get("weight", torch.ones(data["group"].shape))
     masked = ({**data, "weight": weight * (data["group"] == group)} for group in range(options["num_groups"]))
     return [judge_cross_entropy(options, part) for part in masked]
+
+
+def judge_macro(options: Options, data: Batch) -> float:
+    """Unweighted mean over the groups that have targets."""
+    values = [x for x in judge_groups(options, data) if not math.isnan(x)]
+    return math.fsum(values) / len(values) if values else math.nan
 
 
 def judge_normalized(options: Options, data: Batch) -> float:
@@ -431,6 +464,16 @@ CASES = {
     "Perplexity-shift": Case(Perplexity, judge_perplexity, {"shift": True, "class_dim": 1}, {"class_dim": 1}),
     "CrossEntropyReport": Case(CrossEntropyReport, judge_report),
     "CrossEntropyReport-bytes": Case(CrossEntropyReport, judge_report, {"token_bytes": TOKEN_BYTES, "confidence": 0.8}),
+    "CrossEntropyReport-more": Case(
+        CrossEntropyReport, judge_report, {"token_bytes": TOKEN_BYTES, "accuracy": True, "entropy": True}
+    ),
+    "CrossEntropyReport-probs": Case(
+        CrossEntropyReport,
+        judge_report,
+        {"input": "probs", "accuracy": True, "entropy": True},
+        {"preds": "probs"},
+        passes=0,
+    ),
     "BitsPerByte-table": Case(BitsPerByte, judge_bits_per_byte, {"token_bytes": TOKEN_BYTES}),
     "BitsPerByte-number": Case(BitsPerByte, judge_bits_per_byte, {}, {"extra": "number"}),
     "BitsPerByte-numbers": Case(BitsPerByte, judge_bits_per_byte, {}, {"extra": "numbers"}),
@@ -473,6 +516,9 @@ CASES = {
         judge_groups,
         {"num_groups": GROUPS, "class_weight": CLASS_WEIGHT},
         {"extra": "group", "target": "soft"},
+    ),
+    "GroupedCrossEntropy-macro": Case(
+        GroupedCrossEntropy, judge_macro, {"num_groups": GROUPS, "average": "macro", "unit": "bits"}, {"extra": "group"}
     ),
     "NormalizedCrossEntropy": Case(NormalizedCrossEntropy, judge_normalized, {"num_classes": K}),
     "CrossEntropyDifference": Case(CrossEntropyDifference, judge_difference, {}, PAIR, passes=2),

@@ -17,7 +17,7 @@ LIBRARY = "xent_metrics"
 # A module or folder of the library imports those before it, and its own siblings.
 LAYERS = (
     "distributed", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals", "readings",
-    "metrics", "functional", "token_bytes", "tags", "validation_stats", "tensorboard", "lightning",
+    "metrics", "functional", "token_bytes", "packing", "tags", "validation_stats", "tensorboard", "lightning",
 )  # fmt: skip
 LONGEST, LONGEST_MEDIAN = 450, 270
 

@@ -16,6 +16,7 @@ from xent_metrics.metrics import (
     Perplexity,
     compute_together,
 )
+from xent_metrics.packing import continues_sequence, sequence_ids
 from xent_metrics.tally import GroupTally, Tally
 from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
 
@@ -37,7 +38,9 @@ __all__ = [
     "Tally",
     "check_token_bytes",
     "compute_together",
+    "continues_sequence",
     "functional",
     "num_unpadded_samples",
+    "sequence_ids",
     "token_byte_lengths",
 ]

@@ -220,13 +220,13 @@ def check_omitted_bytes(nan_policy: str, num_bytes: int | Tensor | None) -> None
         )
 
 
-def check_group(group: Tensor, shape: torch.Size, preds: Tensor) -> None:
-    """Raise unless `group` is a tensor of integers for targets of this shape."""
-    check_not_nested("group", group)
-    if not isinstance(group, Tensor) or not is_integral(group) or group.layout != torch.strided:
-        raise TypeError(f"`group` must be a dense tensor of integers, got {describe(group)}; convert it with .long().")
-    check_device("group", group, preds)
-    check_broadcastable("group", group, shape, "give each target, or each sequence as a column, its group")
+def check_ids(name: str, ids: Tensor, shape: torch.Size, preds: Tensor) -> None:
+    """Raise unless `group` or `sequence` is a tensor of integers for targets of this shape."""
+    check_not_nested(name, ids)
+    if not isinstance(ids, Tensor) or not is_integral(ids) or ids.layout != torch.strided:
+        raise TypeError(f"`{name}` must be a dense tensor of integers, got {describe(ids)}; convert it with .long().")
+    check_device(name, ids, preds)
+    check_broadcastable(name, ids, shape, f"give each target, or each row as a column, its {name}")
 
 
 def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = ()) -> None:

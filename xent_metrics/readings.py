@@ -26,6 +26,7 @@ from xent_metrics.losses.mistakes import CLASS_TARGETS, MISTAKES, counted_mistak
 from xent_metrics.tally.tally import TARGET_COUNTS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
+Average = Literal["none", "macro"]
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,23 @@ _READINGS = (
         "Total bits over the **UTF-8 bytes** that the tokens stand for: comparable between tokenizers. Lower is "
         "better.",
     ),
+    ReadingInfo(
+        "accuracy",
+        "1",
+        "**Share** of targets that are the most likely class, the lowest one of several. Higher is better; 1 is all.",
+    ),
+    ReadingInfo(
+        "entropy",
+        "nats",
+        "Mean entropy of the model's own distribution, in **nats**: the cross-entropy that it expects of itself. Below "
+        "the cross-entropy it is too sure, above it not sure enough.",
+    ),
 )
 READINGS = {info.name: info for info in _READINGS}
 """Every reading, in the order in which they are shown."""
+
+OF_OTHER_TALLIES = {"bits_per_byte": "bits_per_token", "accuracy": "cross_entropy", "entropy": "cross_entropy"}
+"""Which reading of a tally of its own each of these is."""
 
 _NONFINITE = ("positive_infinite", "negative_infinite", "nan")
 assert TARGET_COUNTS[-len(_NONFINITE) :] == _NONFINITE
@@ -290,6 +305,12 @@ class GroupReading(Reading[list[float], list[int]]):
         """Return the cross-entropy of each group in nats or in bits."""
         return [in_unit(mean, unit) for mean in self.mean]
 
+    def macro_in_unit(self, unit: Unit) -> float:
+        """Return the unweighted mean over the groups that have targets, in nats or in bits; NaN if none has."""
+        rows = zip(self.in_unit(unit), self.totals.weight, self.totals.nonfinite, strict=True)
+        propagates = self.nan_policy == "propagate"
+        return macro_mean([value for value, weight, bad in rows if weight or (propagates and any(bad))])
+
     @property
     def overall(self) -> ExactReading:
         """What all targets together read."""
@@ -346,6 +367,13 @@ class DeviceReading(Reading[Tensor, Tensor]):
         """Return the cross-entropy in nats or in bits."""
         return self._mean if unit == "nats" else self._mean / math.log(2)
 
+    def macro_in_unit(self, unit: Unit) -> Tensor:
+        """Return the unweighted mean over the groups that have targets, in nats or in bits; NaN if none has."""
+        has_targets = self.sums["weight"] != 0
+        if self.nan_policy == "propagate":
+            has_targets = has_targets | (self._count("nonfinite") > 0)
+        return self.in_unit(unit).masked_fill(~has_targets, 0.0).sum() / has_targets.sum()
+
     @property
     def cross_entropy_stderr(self) -> Tensor:
         """See `ExactReading.cross_entropy_stderr`; here the square is expanded in floats, some 1e-8 nats off.
@@ -371,6 +399,13 @@ class DeviceReading(Reading[Tensor, Tensor]):
         return counts[-len(_NONFINITE) :].sum(0) if name == "nonfinite" else counts[TARGET_COUNTS.index(name)]
 
 
+def macro_mean(values: list[float]) -> float:
+    """Return the mean of numbers, rounded once but for the division; NaN of none."""
+    if not all(map(math.isfinite, values)):
+        return sum(values)  # An infinity, or NaN; `fsum` raises where infinities meet.
+    return math.fsum(values) / len(values) if values else math.nan
+
+
 def check_reading(nan_policy: NanPolicy, confidence: float = 0.95) -> None:
     """Raise ValueError if an argument is not one that a reading understands."""
     if nan_policy not in get_args(NanPolicy):
@@ -383,6 +418,12 @@ def check_unit(unit: Unit) -> None:
     """Raise ValueError if `unit` is not one that a cross-entropy can be read in."""
     if unit not in get_args(Unit):
         raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
+
+
+def check_average(average: Average) -> None:
+    """Raise ValueError if `average` is not one that groups can be read with."""
+    if average not in get_args(Average):
+        raise ValueError(f"`average` must be one of {list(get_args(Average))}, got {average!r}.")
 
 
 def check_valid(

@@ -141,3 +141,32 @@ def test_groups_hold_little(weighed: bool, peak_bytes: Callable[[Callable[[], ob
     weight = torch.rand(size) if weighed else None
     metric = GroupedCrossEntropy(100)
     assert peak_bytes(lambda: metric.update(preds, target, group=group, weight=weight)) < 64 * size + 8 * 2**20
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(
+    ("nan_policy", "third", "expected"),
+    [
+        ("propagate", 6.0, 3.0),
+        ("propagate", math.inf, math.inf),
+        ("propagate", math.nan, math.nan),
+        ("omit", math.inf, 1.5),
+    ],
+)
+def test_the_mean_over_groups_counts_each_once(
+    nan_policy: Any, third: float, expected: float, elsewhere: bool, hide_values: Callable[[], None]
+) -> None:
+    """However many targets it has; one without targets is left out, one of infinite losses only where that is asked."""
+    if elsewhere:
+        hide_values()
+    metric = GroupedCrossEntropy(4, input="losses", average="macro", nan_policy=nan_policy)
+    batch = torch.tensor([1.0, 1.0, 1.0, 2.0, third]), torch.zeros(5, dtype=torch.int64)
+    value = metric(*batch, group=torch.tensor([0, 0, 0, 1, 3]))
+    for found in (value, metric.compute()):
+        assert found.dim() == 0
+        torch.testing.assert_close(found.item(), expected, equal_nan=True)
+    options: dict[str, Any] = {"num_groups": 3, "input": "losses", "average": "macro", "nan_policy": "omit"}
+    one = functional.grouped_cross_entropy(*batch, group=torch.full((5,), 2), **options)
+    torch.testing.assert_close(one.item(), (5 + third) / 5 if math.isfinite(third) else 1.25)
+    ignored = torch.full((5,), -100)
+    assert functional.grouped_cross_entropy(batch[0], ignored, group=torch.zeros_like(ignored), **options).isnan()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import check_tensors, without
+from xent_metrics._validate import check_hard, check_tensors, without
 from xent_metrics.distributed import is_dtensor, vocab_shard
 from xent_metrics.losses import kernels
 from xent_metrics.losses.kernels import RowSums, score_dtype
@@ -33,7 +33,7 @@ _LOW_PRECISION_SOFT_EXCESS = 1e-2
 def target_losses(
     preds: Tensor | LinearLogits, target: Tensor, options: LossOptions, class_weight: Tensor | None = None
 ) -> TargetLosses:
-    """Compute the loss of every target, without synchronising with the device and without autograd.
+    """Compute the loss of every target, and `others`, without synchronising with the device and without autograd.
 
     Args:
         preds: Scores with classes on `options.class_dim`, or losses of target's shape with `input="losses"`; logits may
@@ -44,16 +44,23 @@ def target_losses(
         class_weight: One weight for each class.
 
     Raises:
-        TypeError: If a dtype is not one of those named above.
+        TypeError: If a dtype is not one of those named above, or if soft targets should be the most likely class.
         ValueError: If shapes or devices do not fit.
     """
     check_tensors(_outline(preds, options), target, options.input, options.class_dim, class_weight, options.shift)
+    if options.accuracy:
+        check_hard(target, "a distribution is not one class")
     with _runtime.no_graph():
         if class_weight is not None:
             class_weight = class_weight.to(score_dtype(preds)).to(_runtime.widest_float(preds.device))
         if isinstance(preds, Tensor) and is_dtensor(preds):
             shard = vocab_shard(preds, options.class_dim)
             if shard is not None:
+                if options.accuracy or options.entropy:
+                    raise ValueError(
+                        "`preds` must be whole rows for `accuracy` and `entropy`, got a DTensor that is sharded over "
+                        "the classes; leave them out, or pass its full_tensor()."
+                    )
                 return score_shard(shard, preds.shape, target, options, class_weight)
             preds = preds.to_local()  # type: ignore[attr-defined]
         preds, target = options.shifted(preds, target)
@@ -107,21 +114,25 @@ def _score_hard(
     smoothing = options.smoothing(num_classes)
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
     reader = RowReader(preds, None, options, scored)
-    reduction = Reduction(kernels.sum_hard, reader, smooth=smoothing > 0, **constants)
+    wanted = {"accuracy": options.accuracy, "entropy": options.entropy}
+    reduction = Reduction(
+        kernels.sum_hard, reader, temporaries=options.entropy, smooth=smoothing > 0, **wanted, **constants
+    )
     for rows, (scores,) in reader.groups():
         sums = RowSums(*reduction([scores], class_weight))
         weights = None if denominator is None else of_rows(denominator, rows)
-        loss = kernels.losses_of_hard(
-            scores, of_rows(index, rows), sums, weights, class_weight, smoothing=smoothing, **constants
-        )
-        results.add(num_rows_in(rows), (loss, sums.improper))
+        targets = of_rows(index, rows)
+        loss = kernels.losses_of_hard(scores, targets, sums, weights, class_weight, smoothing=smoothing, **constants)
+        others = _others(sums, targets)
+        results.add(num_rows_in(rows), (loss, sums.improper, *others))
     if results.joined is None:
-        return TargetLosses(_no_losses(index).new_zeros(index.shape), denominator, status)
-    loss, improper = results.joined
+        nothing = _no_losses(index).new_zeros(index.shape)
+        return TargetLosses(nothing, denominator, status, (nothing,) * (options.accuracy + options.entropy))
+    made = results.joined
     if scored is not None:  # The others were not made.
-        loss = loss.new_zeros(index.shape).index_copy_(0, scored, loss)
-        improper = None if improper is None else improper.new_zeros(index.shape).index_copy_(0, scored, improper)
-    return _with_improper(TargetLosses(loss, denominator, status), improper)
+        made = tuple(None if x is None else x.new_zeros(index.shape).index_copy_(0, scored, x) for x in made)
+    loss, improper, *others = made
+    return _with_improper(TargetLosses(loss, denominator, status, tuple(others)), improper)
 
 
 def _score_soft(
@@ -140,19 +151,31 @@ def _score_soft(
         eps=options.eps,
         smooth=smoothing > 0,
         excess=_SOFT_EXCESS.get(target.dtype, _LOW_PRECISION_SOFT_EXCESS),
+        temporaries=options.entropy,
+        entropy=options.entropy,
     )
     for rows, group in reader.groups():
         *parts, of_target, coefficients, out_of_range = reduction(group, class_weight)
         sums = RowSums(*parts)
         loss = kernels.losses_of_soft(group[0], sums, of_target, coefficients, class_weight, smoothing=smoothing)
-        results.add(num_rows_in(rows), (loss, out_of_range, sums.improper))
+        results.add(num_rows_in(rows), (loss, out_of_range, sums.improper, *_others(sums)))
     if results.joined is None:
-        return TargetLosses(_no_losses(target))
-    loss, out_of_range, improper = results.joined
-    losses = TargetLosses(loss)
+        return TargetLosses(_no_losses(target), others=(_no_losses(target),) * options.entropy)
+    loss, out_of_range, improper, *others = results.joined
+    losses = TargetLosses(loss, others=tuple(others))
     if not (_runtime.can_read_values(out_of_range) and not out_of_range.any()):
         losses = losses.marked(TARGET_OUT_OF_RANGE, out_of_range)
     return _with_improper(losses, improper)
+
+
+def _others(sums: RowSums, index: Tensor | None = None) -> list[Tensor]:
+    """Return `TargetLosses.others` of some rows: whether each most likely class is the target's, and entropies."""
+    others = []
+    if sums.best is not None and index is not None:
+        others.append(sums.best.eq(index).to(_runtime.widest_float(index.device)))
+    if sums.self_information is not None:
+        others.append(kernels.entropies(sums))
+    return others
 
 
 def _with_improper(losses: TargetLosses, improper: Tensor | None) -> TargetLosses:

@@ -18,6 +18,7 @@ and another for what is left, which differ in the last bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -43,12 +44,17 @@ class RowSums(NamedTuple):
         top: The largest logit, where it was needed.
         of_all: The sum over classes of coefficient times logarithm, of logits relative to `top`; None if there is none.
         improper: Whether a probability is outside [0, 1]; None for other input.
+        best: The class of the largest score, the lowest of several; None if it is not wanted.
+        self_information: The sum over classes of x ln x, of probabilities, or of exponentials relative to anything;
+            None if no entropy is wanted.
     """
 
     exponentials: Tensor | None
     top: Tensor | None
     of_all: Tensor | None
     improper: Tensor | None
+    best: Tensor | None = None
+    self_information: Tensor | None = None
 
 
 def score_dtype(preds: Any) -> torch.dtype:
@@ -75,6 +81,8 @@ def sum_hard(
     input: Input,
     eps: float | None,
     smooth: bool,
+    accuracy: bool = False,
+    entropy: bool = False,
 ) -> Results:
     """Return the `RowSums` of each row for a target that is a class.
 
@@ -85,14 +93,17 @@ def sum_hard(
         input: What the scores are.
         eps: Where to clip probabilities.
         smooth: Whether the sum over all classes is wanted.
+        accuracy: Whether the most likely class is wanted.
+        entropy: Whether what an entropy is made of is wanted.
     """
-    exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
+    best = _most_likely(scores) if accuracy else None
+    exponentials, top, information = _first_sums(scores, buffer, input, eps, entropy)
     of_all = None
     if smooth:
         logarithms, top = _logarithms(scores, buffer, top, input, eps)
         weight = None if class_weight is None else class_weight.to(logarithms.dtype)
         of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
-    return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None)
+    return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None, best, information)
 
 
 def sum_soft(
@@ -106,6 +117,7 @@ def sum_soft(
     eps: float | None,
     smooth: bool,
     excess: float,
+    entropy: bool = False,
 ) -> Results:
     """Return the `RowSums` of each row for a target that is a distribution, and what else is needed of it.
 
@@ -119,12 +131,13 @@ def sum_soft(
         eps: Where to clip probabilities.
         smooth: Whether the sum over all classes is wanted.
         excess: How far the sum of a distribution may be from 1.
+        entropy: Whether what the entropy of the model is made of is wanted.
 
     Returns:
         `RowSums`; the sum of coefficient times logarithm, relative as theirs; the sum of the coefficients, which are
         target times class weight; and whether the target is no distribution.
     """
-    exponentials, top = _exponentials(scores, buffer) if input == "logits" else (None, None)
+    exponentials, top, information = _first_sums(scores, buffer, input, eps, entropy)
     coefficient = _copied(target, target_buffer, score_dtype(scores))
     total = _sum(coefficient)
     # A NaN compares false with everything, so a row that has one is not a distribution.
@@ -138,7 +151,8 @@ def sum_soft(
     if smooth:
         of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
     improper = _outside(scores) if input == "probs" else None
-    return *RowSums(exponentials, top, of_all, improper), of_target, total, ~distribution
+    sums = RowSums(exponentials, top, of_all, improper, None, information)
+    return *sums, of_target, total, ~distribution
 
 
 def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
@@ -158,13 +172,22 @@ def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
         assert sums.top is not None
         return sums.exponentials.log(), sums.top.to(dtype)
     greatest, where = sums.exponentials.max(1)
-    index = where.unsqueeze(1) * _CHUNK + torch.arange(_CHUNK, device=scores.device)
-    last = scores.shape[1] - 1
-    terms = scores.gather(1, index.clamp(max=last)).to(dtype).masked_fill_(index > last, -math.inf)
+    terms = _terms_of_chunk(scores, where).to(dtype)
     top = terms.amax(1)
     exact = (terms - top.unsqueeze(1)).exp_().sum(1)
     others = sums.exponentials.sum(1, dtype=dtype) - greatest
     return (exact + others * (exact / greatest)).log(), top
+
+
+def entropies(sums: RowSums) -> Tensor:
+    """Return the entropy of each row's own distribution, in float64 where there is one: `-sum(p ln p)`."""
+    assert sums.self_information is not None
+    if sums.exponentials is None:
+        return torch.neg(sums.self_information)
+    total = sums.exponentials.to(sums.self_information.dtype)
+    total = total.sum(1) if total.dim() == 2 else total
+    # Not below 0: of a row that is certain, two rounded numbers are left of each other.
+    return (total.log() - sums.self_information / total).clamp_(min=0.0)
 
 
 def losses_of_hard(
@@ -320,17 +343,38 @@ def clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
     return logarithms if eps is None else logarithms.clamp_(math.log(eps), math.log1p(-eps))
 
 
-def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return `RowSums.exponentials`, and the largest logit of each row where it was needed."""
+def _first_sums(
+    scores: Tensor, buffer: Tensor | None, input: Input, eps: float | None, entropy: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return `exponentials`, `top` and `self_information` of `RowSums`."""
+    if input == "logits":
+        exponentials, top, terms = _exponentials(scores, buffer)
+        return exponentials, top, _self_information(terms) if entropy else None
+    if not entropy:
+        return None, None, None
+    probs = _copied(scores, buffer, score_dtype(scores))
+    probs = probs.exp_() if input == "log_probs" else probs if eps is None else probs.clamp_(eps, 1 - eps)
+    return None, None, _self_information(probs)
+
+
+def _self_information(x: Tensor) -> Tensor:
+    """Return the sum of x ln x over each row, which is written to."""
+    x.clamp_(min=torch.finfo(x.dtype).tiny)  # Adds some 1e-36 of a nat, and not 0 * -inf.
+    return _sum(x.log().mul_(x))
+
+
+def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return `RowSums.exponentials`, the largest logit of each row where it was needed, and the exponentials."""
     dtype = score_dtype(logits)
     chunked = num_chunks(logits.shape[1], dtype) > 0
     if chunked and buffer is not None and _runtime.can_read_values(logits):
         # One pass, the fastest there is on the CPU. By what it divides is as good as any, as long as it is one number.
         wide = logits if logits.dtype == dtype else buffer.copy_(logits)
-        return _sum_chunks(torch.softmax(wide, 1, out=buffer)), None
+        terms = torch.softmax(wide, 1, out=buffer)
+        return _sum_chunks(terms), None, terms
     top = logits.amax(1)
     exponentials = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=buffer).exp_()
-    return (_sum_chunks if chunked else _sum)(exponentials), top
+    return (_sum_chunks if chunked else _sum)(exponentials), top, exponentials
 
 
 def _logarithms(
@@ -355,12 +399,32 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(1, dtype=_runtime.widest_float(x.device))
 
 
+def _most_likely(scores: Tensor) -> Tensor:
+    """Return the class of the largest score of each row, the lowest of several."""
+    if not (num_chunks(scores.shape[1], scores.dtype) and _runtime.can_read_values(scores)):
+        return scores.argmax(1)
+    # On the CPU `argmax` takes as long as all exponentials, and `amax` a fifth of that.
+    where = _of_chunks(scores, torch.amax).argmax(1)
+    return where * _CHUNK + _terms_of_chunk(scores, where).argmax(1)
+
+
+def _terms_of_chunk(scores: Tensor, where: Tensor) -> Tensor:
+    """Return one chunk of each row, with -inf where the last one ends."""
+    index = where.unsqueeze(1) * _CHUNK + torch.arange(_CHUNK, device=scores.device)
+    last = scores.shape[1] - 1
+    return scores.gather(1, index.clamp(max=last)).masked_fill_(index > last, -math.inf)
+
+
+def _of_chunks(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+    """Reduce each chunk of each row to one number."""
+    rest = x.shape[1] % _CHUNK
+    chunks = reduce((x[:, :-rest] if rest else x).view(len(x), -1, _CHUNK), 2)
+    return torch.cat([chunks, reduce(x[:, -rest:], 1, keepdim=True)], 1) if rest else chunks
+
+
 def _sum_chunks(x: Tensor) -> Tensor:
     """Sum chunks of each row."""
-    rest = x.shape[1] % _CHUNK
-    chunks = (x[:, :-rest] if rest else x).view(len(x), -1, _CHUNK).sum(2)
-    if rest:
-        chunks = torch.cat([chunks, x[:, -rest:].sum(1, keepdim=True)], 1)
+    chunks = _of_chunks(x, torch.sum)
     empty = num_chunks(x.shape[1], x.dtype) - chunks.shape[1]
     return F.pad(chunks, (0, empty)) if empty else chunks
 

@@ -30,6 +30,8 @@ class LossOptions:
         label_smoothing_over: The classes that the smoothing is spread over: `"all"`, or `"others"` than the true one.
         shift: Whether position t of `preds` scores target t + 1.
         backend: Whether a compiler makes the losses.
+        accuracy: Whether the most likely class is looked for too.
+        entropy: Whether the entropy of the model's distribution is made too.
     """
 
     input: Input = "logits"
@@ -40,6 +42,8 @@ class LossOptions:
     label_smoothing_over: SmoothingOver = "all"
     shift: bool = False
     backend: Backend = "auto"
+    accuracy: bool = False
+    entropy: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("input", self.input, get_args(Input))
@@ -48,8 +52,9 @@ class LossOptions:
         _make_plain(self, "class_dim", "ignore_index", "label_smoothing", "eps")
         if not is_integer(self.class_dim):
             raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
-        if not isinstance(self.shift, bool):
-            raise TypeError(f"`shift` must be True or False, got {self.shift!r}.")
+        for name in ("shift", "accuracy", "entropy"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         _check_ignore_index(self.ignore_index)
         _check_smoothing(self.label_smoothing)
         object.__setattr__(self, "label_smoothing", float(self.label_smoothing))  # 0 and 0.0 are one option.
@@ -61,6 +66,9 @@ class LossOptions:
             )
         if self.input == "losses" and self.shift:
             raise ValueError("`shift` must be False with `input='losses'`: they have been aligned with their targets.")
+        for name in ("accuracy", "entropy"):
+            if self.input == "losses" and getattr(self, name):
+                raise ValueError(f"`{name}` must be False with `input='losses'`, got True: it is read from scores.")
 
     def smoothing(self, num_classes: int) -> float:
         """Return the share of a target that is spread evenly over all classes."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import check_device, check_group, check_hard, check_weight, without
+from xent_metrics._validate import check_device, check_hard, check_ids, check_weight, without
 from xent_metrics.losses.dense import target_losses
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes, raise_now
@@ -125,7 +125,7 @@ def as_groups(
         fix: What to do about others.
     """
     shape = target_shape(target, options)
-    check_group(group, shape, losses.loss)
+    check_ids("group", group, shape, losses.loss)
     groups = per_target(as_index(group), shape, options, losses)
     if _runtime.raises_eagerly(groups):
         extremes = _runtime.least_and_greatest(groups)
@@ -138,6 +138,19 @@ def as_groups(
             if bad.numel():
                 raise_now(BAD_GROUP, bad.numel(), num_groups=num_groups, example=bad[0].item(), fix=fix)
     return groups
+
+
+def as_sequence(
+    sequence: Tensor, target: Tensor, options: LossOptions, losses: TargetLosses, sequence_group: object = None
+) -> Tensor:
+    """Broadcast ids of sequences to the losses; raise ValueError if ranks share rows, whose sequences would differ."""
+    if sequence_group is not None:
+        raise ValueError(
+            "`sequence` must be None with `sequence_group`, got ids; ranks share rows, each of which is a sequence."
+        )
+    shape = target_shape(target, options)
+    check_ids("sequence", sequence, shape, losses.loss)
+    return per_target(as_index(sequence), shape, options, losses)
 
 
 def target_shape(target: Tensor, options: LossOptions) -> torch.Size:

@@ -41,26 +41,36 @@ class TargetLosses(NamedTuple):
         denominator: What the target adds to the denominator: its weight or its bytes; None for 1.
         status: int8, `SCORED` or the reason why not; None if all targets are scored. Losses that are not finite are
             still `SCORED` here: a tally finds them.
+        others: What else is averaged over the same targets: for `LossOptions.accuracy` 1 where the most likely class is
+            the target's and 0 elsewhere, for `LossOptions.entropy` the entropy of the model, in this order.
     """
 
     loss: Tensor
     denominator: Tensor | None = None
     status: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TargetLosses:
         """Change every tensor alike."""
-        return TargetLosses(*(None if x is None else change(x) for x in self))  # type: ignore[arg-type]
+        loss, denominator, status = (None if x is None else change(x) for x in self[:3])
+        assert loss is not None
+        return TargetLosses(loss, denominator, status, tuple(map(change, self.others)))
+
+    def parts(self) -> list[TargetLosses]:
+        """Return the losses, and then each of `others` as if it were the loss."""
+        return [TargetLosses(x, self.denominator, self.status) for x in (self.loss, *self.others)]
 
     @classmethod
     def cat(cls, batches: Sequence[TargetLosses]) -> TargetLosses:
         """Concatenate batches whose sequences are equally long; all of them have a denominator, or none."""
-        losses, denominators, statuses = zip(*batches, strict=True)
+        losses, denominators, statuses, others = zip(*batches, strict=True)
         status = None
         if any(x is not None for x in statuses):
             status = torch.cat(
                 [_all_scored(loss) if x is None else x for x, loss in zip(statuses, losses, strict=True)]
             )
-        return cls(torch.cat(losses), None if denominators[0] is None else torch.cat(denominators), status)
+        denominator = None if denominators[0] is None else torch.cat(denominators)
+        return cls(torch.cat(losses), denominator, status, tuple(map(torch.cat, zip(*others, strict=True))))
 
     def at(self, index: slice | tuple[slice, slice]) -> TargetLosses:
         """Return a part of the batch."""
@@ -83,7 +93,7 @@ class TargetLosses(NamedTuple):
             masked = ~weight
             return self if _is_nowhere(masked) else self.marked(IGNORED, masked)
         denominator = weight if self.denominator is None else self.denominator * weight
-        losses = TargetLosses(self.loss * weight, denominator, self.status)
+        losses = TargetLosses(self.loss * weight, denominator, self.status, tuple(x * weight for x in self.others))
         extremes = _runtime.least_and_greatest(weight)
         if extremes and extremes[0] > 0 and extremes[1] < WEIGHT_LIMIT:
             return losses

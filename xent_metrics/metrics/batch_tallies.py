@@ -12,17 +12,27 @@ from xent_metrics.distributed import is_distributed
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.score import ScoredBatch, as_groups
 from xent_metrics.readings import DeviceReading, NanPolicy, read_exactly
-from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses
+from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses, tally_sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def tally_scored(batch: ScoredBatch, sequence_group: ProcessGroup | None = None) -> Tally:
-    """Tally a scored batch; with losses per byte, two tallies side by side."""
+def tally_scored(
+    batch: ScoredBatch, sequence_group: ProcessGroup | None = None, sequence: Tensor | None = None
+) -> Tally:
+    """Tally a scored batch; with losses per byte, or others, several tallies side by side.
+
+    Args:
+        batch: The batch.
+        sequence_group: Ranks that hold other targets of the same sequences.
+        sequence: The sequence of each target, in the shape of its losses; None if each row is one.
+    """
     with _runtime.no_graph():
-        per_token = tally_losses(batch.per_token, sequence_group)
-        return per_token if batch.per_byte is None else Tally.stack(per_token, tally_losses(batch.per_byte))
+        losses, *others = batch.per_token.parts()
+        more = others if batch.per_byte is None else [batch.per_byte, *others]
+        per_token = tally_losses(losses, sequence_group) if sequence is None else tally_sequences(losses, sequence)
+        return Tally.stack(per_token, *map(tally_losses, more)) if more else per_token
 
 
 def tally_scored_by_group(

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
-from xent_metrics.metrics.cross_entropy import tally_batch
+from xent_metrics.metrics.cross_entropy import CrossEntropyMetric, tally_batch
 from xent_metrics.readings import NanPolicy, Reading, check_reading
 
 
-class BitsPerToken(LossMetric):
+class BitsPerToken(CrossEntropyMetric):
     """Cross-entropy in bits: nats over ln 2, the bits that a code built on the model spends on a token.
 
     Of the model's distribution, hence without label smoothing and class weights.
@@ -58,8 +57,6 @@ class BitsPerToken(LossMetric):
     >>> metric.compute()  # log2(8): uniform over 8
     tensor(3.0000, dtype=torch.float64)
     """
-
-    _tally_function = staticmethod(tally_batch)
 
     def __init__(
         self,

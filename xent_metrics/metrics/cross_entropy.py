@@ -14,7 +14,7 @@ from xent_metrics.losses.dense import target_losses
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOver
-from xent_metrics.losses.score import score_batch, target_shape
+from xent_metrics.losses.score import as_sequence, score_batch, target_shape
 from xent_metrics.losses.target_losses import IGNORED, SCORED
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored
@@ -34,12 +34,50 @@ def tally_batch(
     class_weight: Tensor | None = None,
     token_bytes: Tensor | None = None,
     sequence_group: ProcessGroup | None = None,
+    sequence: Tensor | None = None,
 ) -> Tally:
     """Tally a batch by weight; with `token_bytes`, a second tally stands beside that, by bytes."""
-    return tally_scored(score_batch(preds, target, weight, options, class_weight, token_bytes), sequence_group)
+    batch = score_batch(preds, target, weight, options, class_weight, token_bytes)
+    ids = None if sequence is None else as_sequence(sequence, target, options, batch.per_token, sequence_group)
+    return tally_scored(batch, sequence_group, ids)
 
 
-class CrossEntropy(LossMetric):
+class CrossEntropyMetric(LossMetric):
+    """A metric that reads the tally of `tally_batch`: they share it, whatever they read of it."""
+
+    _tally_function = staticmethod(tally_batch)
+
+    def update(
+        self,
+        preds: Tensor | LinearLogits,
+        target: Tensor,
+        *,
+        weight: Tensor | None = None,
+        sequence: Tensor | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Scores with classes on `class_dim`: float16, bfloat16, float32 or float64; or `LinearLogits`.
+            target: Class indices of any integer dtype and `preds`' shape without the class dimension, or soft
+                targets, floats of `preds`' shape: probabilities with a sum of 1 (to 1e-3; to 1e-2 in half precision).
+            weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
+                (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
+                them well above it: what is below some 1e-12 has few bits left.
+            sequence: Integers, broadcastable to target's shape (for soft targets, to that without the class dimension):
+                targets of this update with the same number belong to one sequence, as the documents in packed rows do.
+                `xent_metrics.sequence_ids` makes them of `cu_seqlens`. None if each row of `target` is a sequence.
+
+        Raises:
+            TypeError: If a dtype is not one of those named.
+            ValueError: If shapes or devices do not fit; on the CPU also if a target is neither a class nor
+                `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
+                `compute` raises). The state is then as it was.
+        """
+        self._add_batch(preds, target, weight=weight, sequence=sequence)
+
+
+class CrossEntropy(CrossEntropyMetric):
     """Cross-entropy of a model's distribution and the targets, over all the data at once.
 
     `H = sum(weight * loss) / sum(weight)` with `loss = -log q[target]`, the value of `F.cross_entropy` on all batches
@@ -99,8 +137,6 @@ class CrossEntropy(LossMetric):
     >>> metric.compute()  # log(e**2 + e**1 + e**0.1) - 2
     tensor(0.4170, dtype=torch.float64)
     """
-
-    _tally_function = staticmethod(tally_batch)
 
     def __init__(
         self,
@@ -298,6 +334,7 @@ def tally(
     target: Tensor,
     *,
     weight: Tensor | None = None,
+    sequence: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     class_weight: Tensor | None = None,
@@ -317,6 +354,9 @@ def tally(
         weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape (for
             soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep them well
             above it: what is below some 1e-12 has few bits left. None for 1.
+        sequence: Integers, broadcastable to target's shape (for soft targets, to that without the class dimension):
+            targets with the same number belong to one sequence, as the documents in packed rows do. None if each row of
+            `target` is a sequence.
         input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"` (not renormalised), or `"losses"`: per-target
             losses in nats of target's shape, which a training step has anyway; `target` then gives mask and sequences.
         class_dim: The dimension of `preds` that counts classes; 1 for PyTorch's `(N, C, ...)`.
@@ -364,5 +404,5 @@ def tally(
         backend=backend,
     )
     check_class_weight(class_weight, input)
-    batch = tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight)
+    batch = tally_batch(preds, target, weight=weight, options=options, class_weight=class_weight, sequence=sequence)
     return Tally.zero(batch.state.device) + batch

@@ -14,12 +14,12 @@ from xent_metrics._validate import as_plain
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.losses.score import score_unweighted
+from xent_metrics.losses.score import as_sequence, score_unweighted
 from xent_metrics.losses.target_losses import difference
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
-from xent_metrics.tally import Tally, tally_losses
+from xent_metrics.tally import Tally, tally_losses, tally_sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -42,6 +42,7 @@ def tally_difference(
     weight: Tensor | None = None,
     options: LossOptions,
     sequence_group: ProcessGroup | None = None,
+    sequence: Tensor | None = None,
 ) -> Tally:
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with _runtime.no_graph():
@@ -51,7 +52,10 @@ def tally_difference(
         with _named("preds_b"):
             second, weights = score_unweighted(preds_b, target, weight, options)
             raise_mistakes(second.weighted(weights), preds_b, target, options, weights)
-        return tally_losses(difference(first, second).weighted(weights), sequence_group)
+        losses = difference(first, second).weighted(weights)
+        if sequence is None:
+            return tally_losses(losses, sequence_group)
+        return tally_sequences(losses, as_sequence(sequence, target, options, losses, sequence_group))
 
 
 @contextmanager
@@ -149,6 +153,7 @@ class CrossEntropyDifference(TallyMetric):
         target: Tensor,
         *,
         weight: Tensor | None = None,
+        sequence: Tensor | None = None,
     ) -> None:
         """Add a batch.
 
@@ -161,6 +166,9 @@ class CrossEntropyDifference(TallyMetric):
             weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape
                 (for soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep
                 them well above it: what is below some 1e-12 has few bits left. None for 1.
+            sequence: Integers, broadcastable to target's shape (for soft targets, to that without the class dimension):
+                targets of this update with the same number belong to one sequence, as the documents in packed rows do.
+                `xent_metrics.sequence_ids` makes them of `cu_seqlens`. None if each row of `target` is a sequence.
 
         Raises:
             TypeError: If a dtype is not one of those named; it names `preds_a` or `preds_b`.
@@ -168,7 +176,7 @@ class CrossEntropyDifference(TallyMetric):
                 `ignore_index`, a probability is outside [0, 1], or a weight is negative, infinite or NaN (elsewhere
                 `compute` raises). The state is then as it was.
         """
-        self._add_batch(preds_a, preds_b, target, weight=weight)
+        self._add_batch(preds_a, preds_b, target, weight=weight, sequence=sequence)
 
     def _look_at(  # type: ignore[override]  # Its arguments are those of `update`.
         self, preds_a: Tensor | LinearLogits, preds_b: Tensor | LinearLogits, *_: Any, **__: Any
@@ -186,6 +194,7 @@ def cross_entropy_difference(
     target: Tensor,
     *,
     weight: Tensor | None = None,
+    sequence: Tensor | None = None,
     input: Input = "logits",
     class_dim: int = -1,
     ignore_index: int | None = -100,
@@ -213,6 +222,9 @@ def cross_entropy_difference(
         weight: Weights that are not negative, or a boolean mask of what to score, broadcastable to target's shape (for
             soft targets, to that without the class dimension). They are summed in units of `2**-64`, so keep them well
             above it: what is below some 1e-12 has few bits left. None for 1.
+        sequence: Integers, broadcastable to target's shape (for soft targets, to that without the class dimension):
+            targets with the same number belong to one sequence, as the documents in packed rows do. None if each row of
+            `target` is a sequence.
         input: What `preds` holds: `"logits"`, `"log_probs"`, `"probs"` (not renormalised), or `"losses"`: per-target
             losses in nats of target's shape, which a training step has anyway; `target` then gives mask and sequences.
         class_dim: The dimension of `preds` that counts classes; 1 for PyTorch's `(N, C, ...)`.
@@ -254,7 +266,6 @@ def cross_entropy_difference(
     options = LossOptions(
         input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
     )
-    reading = read_batch(
-        tally_difference(preds_a, preds_b, target, weight=weight, options=options), nan_policy, confidence
-    )
+    batch = tally_difference(preds_a, preds_b, target, weight=weight, options=options, sequence=sequence)
+    reading = read_batch(batch, nan_policy, confidence)
     return {called: getattr(reading, name) for called, name in _READ_AS.items()}

@@ -16,7 +16,7 @@ from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOv
 from xent_metrics.losses.score import score_batch
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored_by_group
-from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
+from xent_metrics.readings import Average, NanPolicy, Reading, check_average, check_reading, check_unit
 from xent_metrics.tally import GroupTally
 
 
@@ -61,6 +61,7 @@ class GroupedCrossEntropy(TallyMetric):
         shift: Let position t of `preds` score target t + 1, for logits and labels as Hugging Face models have them. The
             time is the last dimension of `target` (not counting classes).
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
+        average: `"none"` for the value of each group, `"macro"` for their unweighted mean, over groups with targets.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and their
             weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite. It holds for
             each group by itself (`"raise"` for all).
@@ -79,7 +80,7 @@ class GroupedCrossEntropy(TallyMetric):
 
     Returns:
         A float64 tensor (float32 where the device has no float64) of shape `(num_groups,)`, in `unit`; NaN for groups
-        without targets.
+        without targets. With `average="macro"` a scalar; NaN without targets.
 
     Raises:
         ValueError: If an argument is not one of those named; in the first update, if `backend="compile"` finds no
@@ -111,11 +112,13 @@ class GroupedCrossEntropy(TallyMetric):
         eps: float | None = None,
         shift: bool = False,
         unit: Unit = "nats",
+        average: Average = "none",
         nan_policy: NanPolicy = "propagate",
         backend: Backend = "auto",
         **kwargs: Any,
     ) -> None:
         check_unit(unit)
+        check_average(average)
         num_groups = as_num_classes("num_groups", num_groups)
         check_class_weight(on_host(class_weight), input)
         options = LossOptions(
@@ -130,7 +133,7 @@ class GroupedCrossEntropy(TallyMetric):
         )
         decides = {"class_weight": class_weight, "num_groups": num_groups}
         super().__init__(options, nan_policy, decides, GroupTally.zero(num_groups), **kwargs)
-        self.unit = unit
+        self.unit, self.average = unit, average
 
     def update(
         self, preds: Tensor | LinearLogits, target: Tensor, *, group: Tensor, weight: Tensor | None = None
@@ -163,12 +166,17 @@ class GroupedCrossEntropy(TallyMetric):
         @wraps(compute)
         def vector() -> Tensor:
             value: Tensor = squeezed()
-            return value.view(-1)
+            return value if self.average == "macro" else value.view(-1)
 
         return vector
 
     def _read(self, reading: Reading[Any, Any]) -> Tensor:  # type: ignore[override]
-        return self._as_tensor(reading.in_unit(self.unit))
+        return self._as_tensor(_averaged(reading, self.average, self.unit))
+
+
+def _averaged(reading: Any, average: Average, unit: Unit) -> Any:
+    """Return the value of each group, or their mean."""
+    return reading.macro_in_unit(unit) if average == "macro" else reading.in_unit(unit)
 
 
 def grouped_cross_entropy(
@@ -187,6 +195,7 @@ def grouped_cross_entropy(
     eps: float | None = None,
     shift: bool = False,
     unit: Unit = "nats",
+    average: Average = "none",
     nan_policy: NanPolicy = "propagate",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -218,6 +227,7 @@ def grouped_cross_entropy(
         shift: Let position t of `preds` score target t + 1, for logits and labels as Hugging Face models have them. The
             time is the last dimension of `target` (not counting classes).
         unit: `"nats"`, or `"bits"`, which divides by ln 2.
+        average: `"none"` for the value of each group, `"macro"` for their unweighted mean, over groups with targets.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and their
             weights) out, `"raise"` raises on the CPU, and reads NaN elsewhere. Losses of `2**94` nats or more count as
             infinite. It holds for each group by itself (`"raise"` for all).
@@ -230,7 +240,7 @@ def grouped_cross_entropy(
 
     Returns:
         A float64 tensor (float32 where the device has no float64) of shape `(num_groups,)`, in `unit`, without a graph;
-        NaN for groups without targets.
+        NaN for groups without targets. With `average="macro"` a scalar; NaN without targets.
 
     Raises:
         TypeError: If a dtype is not one of those named, or `group` does not hold integers.
@@ -247,6 +257,7 @@ def grouped_cross_entropy(
     tensor([2.0794,    nan, 2.0794], dtype=torch.float64)
     """
     check_unit(unit)
+    check_average(average)
     num_groups = as_num_classes("num_groups", num_groups)
     check_class_weight(class_weight, input)
     check_reading(nan_policy)
@@ -263,4 +274,5 @@ def grouped_cross_entropy(
     batch = tally_grouped(
         preds, target, group=group, weight=weight, options=options, num_groups=num_groups, class_weight=class_weight
     )
-    return read_batch(batch, nan_policy).in_unit(unit)
+    value: Tensor = _averaged(read_batch(batch, nan_policy), average, unit)
+    return value

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
-from xent_metrics.metrics.cross_entropy import tally_batch
+from xent_metrics.metrics.cross_entropy import CrossEntropyMetric, tally_batch
 from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
 
 
-class Perplexity(LossMetric):
+class Perplexity(CrossEntropyMetric):
     """Exponential of the cross-entropy in nats: the number of equally likely tokens that would be as surprising.
 
     `exp(H in nats) = 2 ** (H in bits)`, of the pooled cross-entropy, never a mean of perplexities. Of the model's
@@ -62,7 +61,6 @@ class Perplexity(LossMetric):
     """
 
     plot_lower_bound = READINGS["perplexity"].lower
-    _tally_function = staticmethod(tally_batch)
 
     def __init__(
         self,

@@ -8,16 +8,16 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics.losses.options import Backend, Input, LossOptions
-from xent_metrics.metrics.base import LossMetric, token_table
-from xent_metrics.metrics.cross_entropy import tally_batch
-from xent_metrics.readings import READINGS, NanPolicy, Reading
+from xent_metrics.metrics.base import token_table
+from xent_metrics.metrics.cross_entropy import CrossEntropyMetric
+from xent_metrics.readings import OF_OTHER_TALLIES, READINGS, NanPolicy, Reading
 from xent_metrics.tally import Tally
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class CrossEntropyReport(LossMetric):
+class CrossEntropyReport(CrossEntropyMetric):
     """Every reading of one tally: nats, bits and perplexity with their uncertainty, and the counts behind them.
 
     One pass, one state and one synchronisation, where a collection of metrics needs one of each.
@@ -39,6 +39,10 @@ class CrossEntropyReport(LossMetric):
         token_bytes: Bytes of each token, integers, one for each token id, as
             `xent_metrics.token_byte_lengths(tokenizer)` builds them; adds `bits_per_byte` to the values. Ids beyond its
             end are as wrong as ids beyond the classes.
+        accuracy: Adds `accuracy`, the share of targets that are the most likely class, to the values; not for soft
+            targets, nor for classes that are sharded.
+        entropy: Adds `entropy`, the mean entropy of the model's own distribution, in nats; not for classes that are
+            sharded.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them (and their
             weights) out, `"raise"` lets `compute` raise. Losses of `2**94` nats or more count as infinite.
         backend: `"eager"` makes the losses of a few rows at a time, in one small buffer. `"compile"` compiles that with
@@ -62,9 +66,10 @@ class CrossEntropyReport(LossMetric):
         A dict of scalar tensors: `cross_entropy` (nats), `bits_per_token`, `perplexity`, `cross_entropy_stderr`,
         `cross_entropy_lower`, `cross_entropy_upper`, `perplexity_lower`, `perplexity_upper`; and as int64 `num_tokens`
         (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`; with `token_bytes` also
-        `bits_per_byte`. `xent_metrics.readings.READINGS` describes each. Without targets the floats are NaN and the
-        counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy is not finite, where a
-        sequence sums to `2**26` nats or weight, and where weights or deviations are too small to square (some 1e-8).
+        `bits_per_byte`, and what else was asked for. `xent_metrics.readings.READINGS` describes each. Without targets
+        the floats are NaN and the counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy
+        is not finite, where a sequence sums to `2**26` nats or weight, and where weights or deviations are too small to
+        square (some 1e-8).
 
     Raises:
         ValueError: If an argument is not one of those named; in the first update, if `backend="compile"` finds no
@@ -83,8 +88,6 @@ class CrossEntropyReport(LossMetric):
      'cross_entropy_upper': 2.0794, 'perplexity_upper': 8.0, 'num_tokens': 5, 'num_ignored': 1, 'num_nonfinite': 0}
     """
 
-    _tally_function = staticmethod(tally_batch)
-
     def __init__(
         self,
         *,
@@ -94,6 +97,8 @@ class CrossEntropyReport(LossMetric):
         eps: float | None = None,
         shift: bool = False,
         token_bytes: Tensor | None = None,
+        accuracy: bool = False,
+        entropy: bool = False,
         nan_policy: NanPolicy = "propagate",
         backend: Backend = "auto",
         confidence: float = 0.95,
@@ -101,16 +106,25 @@ class CrossEntropyReport(LossMetric):
         **kwargs: Any,
     ) -> None:
         options = LossOptions(
-            input=input, class_dim=class_dim, ignore_index=ignore_index, eps=eps, shift=shift, backend=backend
+            input=input,
+            class_dim=class_dim,
+            ignore_index=ignore_index,
+            eps=eps,
+            shift=shift,
+            backend=backend,
+            accuracy=accuracy,
+            entropy=entropy,
         )
-        zero = Tally.zero(num_tallies=None if token_bytes is None else 2)
+        wanted = {"bits_per_byte": token_bytes is not None, "accuracy": accuracy, "entropy": entropy}
+        self._others = [name for name, is_wanted in wanted.items() if is_wanted]
+        zero = Tally.zero(num_tallies=1 + len(self._others) if self._others else None)
         decides = {"token_bytes": token_table(token_bytes), "sequence_group": sequence_group}
         super().__init__(options, nan_policy, decides, zero, confidence, **kwargs)
 
     def _read(  # type: ignore[override]
-        self, reading: Reading[Any, Any], per_byte: Reading[Any, Any] | None = None
+        self, reading: Reading[Any, Any], *others: Reading[Any, Any]
     ) -> dict[str, Tensor]:
-        values = {name: getattr(reading, name) for name in READINGS if name != "bits_per_byte"}
-        if per_byte is not None:
-            values["bits_per_byte"] = per_byte.bits_per_token
+        values = {name: getattr(reading, name) for name in READINGS if name not in OF_OTHER_TALLIES}
+        for name, other in zip(self._others, others, strict=True):
+            values[name] = getattr(other, OF_OTHER_TALLIES[name])
         return self._as_tensors(values)

@@ -107,6 +107,27 @@ def tally_losses(losses: TargetLosses, sequence_group: ProcessGroup | None = Non
     return total
 
 
+def tally_sequences(losses: TargetLosses, sequence: Tensor) -> Tally:
+    """Tally per-target losses of sequences that lie anywhere, each in one or several places.
+
+    Args:
+        losses: What `target_losses` returns.
+        sequence: int64 of the same shape; targets with one number belong to one sequence.
+    """
+    ids, order = sequence.flatten().sort()
+    first = torch.cat([torch.ones_like(ids[:1]), ids[1:].ne(ids[:-1]).to(torch.int64)])
+    index = torch.empty_like(ids).index_put_((order,), first.cumsum(0) - 1)  # Consecutive numbers, from 0.
+    num_sequences = int(first.sum()) if _runtime.can_read_values(first) else ids.numel()
+    columns = tally_groups(losses, index, num_sequences).state[:, :-1]
+    sums, counts = columns[: 2 * NUM_LIMBS].unflatten(0, (2, NUM_LIMBS)), columns[2 * NUM_LIMBS :].sum(1)
+    total = torch.cat([_total(sums), counts.new_zeros(3 * NUM_LIMBS), counts, counts.new_zeros(2)])
+    tally, no_counts = Tally(total), torch.zeros_like(counts)
+    for block in sums.split(_BLOCK_SEQUENCES, -1) if num_sequences else ():
+        tail = _tally_sequences(block, ids.numel(), no_counts)
+        tally = tally + Tally(torch.cat([counts.new_zeros(2 * NUM_LIMBS), *tail]))
+    return tally
+
+
 def tally_mean(mean: Tensor, count: Tensor) -> Tally:
     """Tally targets of which only the mean loss and the number are known, so that there are no sequences.
 
@@ -381,7 +402,7 @@ def _sum_low_limbs(x: Tensor, sums: Tensor, most: float) -> None:
 
 def _cleared(losses: TargetLosses) -> _Cleared:
     """Decide for every target what it adds."""
-    loss, denominator, status = losses
+    loss, denominator, status, _ = losses
     extremes = _runtime.least_and_greatest(loss)
     heaviest: float = 1.0
     if denominator is not None:
