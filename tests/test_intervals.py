@@ -116,7 +116,9 @@ def test_a_true_zero_stays(rows: int, loss: float) -> None:
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-@pytest.mark.parametrize("whole", [2**26 - 1, 2**26 - 2**20, 2**25, 2**26])
+@pytest.mark.parametrize(
+    "whole", [2**26 - 1, *(pytest.param(x, marks=pytest.mark.slow) for x in (2**26 - 2**20, 2**25)), 2**26]
+)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_sequence_is_as_wide_as_its_sum(
     whole: int, share: float, hidden: bool, hide_values: Callable[[], None]

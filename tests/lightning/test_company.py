@@ -91,6 +91,7 @@ def apart(gap: float) -> Any:
     return adapt
 
 
+@pytest.mark.slow
 def test_an_infinite_perplexity_does_not_stop_early_stopping(tmp_path) -> None:
     """1000 nats are a finite cross-entropy; whoever monitors the perplexity is stopped at once."""
     stopping = EarlyStopping("val/cross_entropy", patience=9)
@@ -156,6 +157,7 @@ def test_checkpoints_are_named_by_what_they_monitor(tmp_path) -> None:
     assert {path.name for path in (tmp_path / "epochs").iterdir()} == names
 
 
+@pytest.mark.slow
 def test_a_scheduler_can_wait_for_a_plateau_of_the_validation(tmp_path) -> None:
     """`ReduceLROnPlateau` gets the value, and lowers the rate when it no longer falls."""
 

@@ -81,7 +81,9 @@ def with_group(grouping: Any) -> Any:
 
 
 @pytest.mark.parametrize("form", ["losses", pytest.param("logits", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize(
+    "grouping", [pytest.param(x, marks=pytest.mark.slow if i % 2 else ()) for i, x in enumerate(GROUPINGS)]
+)
 def test_every_group_reads_its_own_targets(tmp_path, form, grouping) -> None:
     """Names or indices, of batches, sequences or targets: in windows, validation and test; the empty one nowhere."""
     module = Model(form, adapt=with_group(GROUPINGS[grouping]))

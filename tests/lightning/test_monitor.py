@@ -201,7 +201,7 @@ ARGUMENTS = {
 def arguments_and_packages() -> Iterator[Any]:
     """Yield arguments and packages: all arguments, and every second one in the other package; the rest is slow."""
     for (i, arguments), (j, package) in itertools.product(enumerate(ARGUMENTS), enumerate(PACKAGES)):
-        yield pytest.param(arguments, package, marks=() if i % 2 == j else pytest.mark.slow)
+        yield pytest.param(arguments, package, marks=() if i % 4 == 2 * j else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("arguments", "package"), [*arguments_and_packages()])

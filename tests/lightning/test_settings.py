@@ -101,7 +101,7 @@ def floats(metrics: dict[str, Any]) -> dict[str, float]:
 def runs_and_slow_ones() -> Iterator[Any]:
     """Yield every second run; the others are slow."""
     for i, run in enumerate(covering_runs()):
-        yield pytest.param(*run, marks=pytest.mark.slow if i % 2 else ())
+        yield pytest.param(*run, marks=pytest.mark.slow if i % 4 else ())
 
 
 @pytest.mark.parametrize(tuple(FACTORS), [*runs_and_slow_ones()])

@@ -73,7 +73,7 @@ def test_buffers(soft: bool, num_classes: int, dtype: torch.dtype, monkeypatch: 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weighed", [False, True])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FLOATS[:2], pytest.param(FLOATS[2], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("num_classes", [2, 5, 50, 127, 129, *ODD])
 def test_sums(num_classes: int, dtype: torch.dtype, weighed: bool, smoothing: float) -> None:
     """Whatever is summed over classes starts at a multiple of 16 bytes in every row; short rows are padded."""

@@ -79,7 +79,7 @@ def test_compiled_losses_are_as_true(num_classes: int) -> None:
         assert abs(bias) <= max(BIAS, 4 * 2e-7 / len(logits) ** 0.5 if len(logits) < 10_000 else 0.0), kind
 
 
-@pytest.mark.parametrize("num_classes", [50, 32000])
+@pytest.mark.parametrize("num_classes", [50, pytest.param(32000, marks=pytest.mark.slow)])
 def test_other_ways_to_a_loss(num_classes: int) -> None:
     """Soft targets, smoothing, class weights, other input and the products of a head are held to the same."""
     num_rows = min(2000, 2**22 // num_classes)
@@ -149,7 +149,7 @@ def test_large_logits_lose_nothing(num_classes: int, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("scale", [1, 10])
-@pytest.mark.parametrize("num_classes", [2, 10, 1000])
+@pytest.mark.parametrize("num_classes", [2, 10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_smoothing_has_no_side(num_classes: int, scale: float) -> None:
     """Of class indices, of the same ones as distributions, and with weights that float32 does not hold."""
     logits = scale * torch.randn(4000, num_classes)

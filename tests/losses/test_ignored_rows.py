@@ -119,7 +119,7 @@ def make_batch(layout: str, num_classes: int, dtype: torch.dtype) -> tuple[Tenso
 def sizes_and_layouts() -> Iterator[Any]:
     """Yield numbers of classes and layouts: few classes in every layout, others in some; the rest are slow."""
     for num_classes, (i, layout) in itertools.product((1, 5, 50257), enumerate(LAYOUTS)):
-        slow = num_classes != 5 and i % 5 != (num_classes > 5)
+        slow = i % 2 == 1 if num_classes == 5 else i % 5 != (num_classes > 5)
         yield pytest.param(num_classes, layout, marks=pytest.mark.slow if slow else (), id=f"{num_classes}-{layout}")
 
 
@@ -306,7 +306,9 @@ def assert_rows_are_found(scores: Tensor, kept: Tensor, class_dim: int = -1) -> 
 
 
 @pytest.mark.usefixtures("_of_few")
-@each_layout
+@pytest.mark.parametrize(
+    "layout", [pytest.param(x, marks=pytest.mark.slow if i % 2 else ()) for i, x in enumerate(LAYOUTS)]
+)
 def test_every_choice_of_rows(layout: str) -> None:
     """Of six rows, every subset is found where it is."""
     make, class_dim = LAYOUTS[layout]
@@ -317,7 +319,9 @@ def test_every_choice_of_rows(layout: str) -> None:
 
 
 @pytest.mark.usefixtures("_of_few")
-@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (3, 3), (2, 1, 3), (1, 5), (5, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3), (2, 1, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((3, 2), (3, 3), (1, 5), (5, 1)))]
+)
 def test_every_order_of_dimensions(shape: tuple[int, ...]) -> None:
     """Rows that are not in the order of memory, of which some can look as if they followed each other."""
     for order in itertools.permutations(range(len(shape))):

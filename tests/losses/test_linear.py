@@ -419,6 +419,7 @@ def test_memory_of_eight_thousand_rows_of_a_quarter_of_a_million_classes(
     assert peak <= 512 * num_classes + 4 * 2**20 + 64 * num_rows
 
 
+@pytest.mark.slow
 def test_memory_of_soft_targets(peak_bytes: Callable[[Callable[[], object]], int]) -> None:
     """The targets are there; nothing of their size is made."""
     hidden, weight = torch.randn(2048, 16), torch.randn(32000, 16)

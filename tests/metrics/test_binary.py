@@ -56,7 +56,9 @@ def judge_binary(preds: Tensor, target: Tensor, weight: Tensor | None, form: str
 @pytest.mark.parametrize("option", BINARY_OPTIONS)
 @pytest.mark.parametrize("shape", [(11,), (11, 4)], ids=str)
 @pytest.mark.parametrize("form", ["logits", "probs"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [FLOATS[0], FLOATS[3], *(pytest.param(x, marks=pytest.mark.slow) for x in FLOATS[1:3])], ids=str
+)
 def test_binary_is_pytorchs_on_all_the_data(dtype: torch.dtype, form: str, shape: tuple[int, ...], option: str) -> None:
     """One label or many, hard, soft or Boolean, weighted and masked: the value is PyTorch's on all batches at once."""
     options = BINARY_OPTIONS[option]
@@ -164,7 +166,7 @@ def test_binary_large_logits(logit: float, target: float, dtype: torch.dtype) ->
         assert value == pytest.approx(expected, rel=1e-6, abs=2.0**-64)
 
 
-@pytest.mark.parametrize("form", ["logits", "probs"])
+@pytest.mark.parametrize("form", [pytest.param("logits", marks=pytest.mark.slow), "probs"])
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_binary_losses_do_not_know_their_neighbours(dtype: torch.dtype, form: str) -> None:
     """A binary loss has the same bits in batches of 1 to 40, of any stride, and on any number of threads."""

@@ -201,7 +201,7 @@ def test_metrics_alike_share_a_state(row: str, call: str, operators: Operators) 
     assert read(collection) == {f"{i}": alone(row, i, batches) for i in columns}
 
 
-@pytest.mark.parametrize("first", ["uniform", "random"])
+@pytest.mark.parametrize("first", ["uniform", pytest.param("random", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", ALL_ROWS)
 def test_metrics_that_differ_are_kept_apart(row: str, first: str) -> None:
     """Every pair of metrics whose updates differ has two states, though they may be equal after the first batch."""

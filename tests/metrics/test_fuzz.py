@@ -181,7 +181,7 @@ def test_valid_calls_are_never_refused(name: str) -> None:
     """Without damage every call is accepted, by the function and by the metric."""
     entry = ENTRIES[name]
 
-    @settings(fuzz, max_examples=examples(50))
+    @settings(fuzz, max_examples=examples(25))
     @given(calls(entry, damage=False))
     def check(call: Call) -> None:
         (batch,) = call.batches

@@ -26,7 +26,7 @@ def data_of(case: Case, weighed: bool = True) -> Batch:
     return together(case.batches(weighed=weighed))
 
 
-@pytest.mark.parametrize("weighed", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("weighed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unweighted", "weighted"])
 @each_case
 @settings(relaxed, max_examples=examples(15))
 @given(data=st.data())

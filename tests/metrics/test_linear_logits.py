@@ -118,6 +118,7 @@ def test_its_parts_are_fixed(name: str, preds: LinearLogits) -> None:
     assert not hasattr(preds, "other")
 
 
+@pytest.mark.parametrize("preds", [True], indirect=True)
 def test_compiled_code_makes_and_takes_it(preds: LinearLogits) -> None:
     """In one graph, with the same value."""
 

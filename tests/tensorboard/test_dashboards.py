@@ -329,6 +329,7 @@ def test_other_loggers_are_left_alone(tmp_path, logger) -> None:
     assert not list(tmp_path.rglob("events*"))
 
 
+@pytest.mark.slow
 def test_two_tensorboard_loggers_get_the_same(tmp_path) -> None:
     """Each has all of it."""
     loggers = [TensorBoardLogger(tmp_path, name="", version=name) for name in ("one", "other")]
@@ -484,6 +485,7 @@ def test_the_picture_of_all_validations_thins_them_out(tmp_path) -> None:
     assert histories[-1][-1] == 1499
 
 
+@pytest.mark.slow
 def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
     """`save_hyperparameters(logger=False)` is for secrets; nested ones are flattened, and names may be numbers."""
 
@@ -503,6 +505,7 @@ def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
     assert b"a/b/c" in written
 
 
+@pytest.mark.slow
 def test_a_later_test_in_the_same_folder_keeps_the_charts(tmp_path) -> None:
     """The layout of the fit is still there, with its intervals and loaders."""
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), loaders=2, max_epochs=1)
@@ -546,6 +549,7 @@ def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_loaders_with_other_numbers_of_classes_are_no_trouble(tmp_path) -> None:
     """The lines to compare with are of the largest."""
 
@@ -568,6 +572,7 @@ def test_a_monitor_can_be_copied_after_a_run(tmp_path) -> None:
     assert not copied._dashboards._dashboards
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.num_classes. must be larger than every target:UserWarning")
 def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp_path) -> None:
     """A loss does not say how many classes there are."""
