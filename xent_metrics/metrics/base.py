@@ -19,7 +19,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_plain, as_token_table, describe, on_host
+from xent_metrics._validate import as_plain, as_token_table, check_has_values, describe, on_host
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
@@ -290,6 +290,8 @@ class TallyMetric(Metric):
                 f"{self.options}; load it into a metric that is configured as the one that saved it."
             )
         if state is not None:
+            if own.is_meta:
+                self.to_empty(device=state.device)  # The metric goes where there are values.
             self._keep(self._tally_type(state.to(self.device)))
             self._computed = None
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -388,17 +390,24 @@ class TallyMetric(Metric):
                 moved.update(zip(names, numbers.unbind(), strict=True))
         return {name: moved.get(name, value) for name, value in values.items()}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
-        """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights."""
+    def _apply(  # type: ignore[override]  # As torchmetrics' has it, and `to_empty` calls it.
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "", recurse: bool = True
+    ) -> Any:
+        """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights.
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(fn(x.new_empty(0)).device)
-
-        moved = super()._apply(move, exclude_state)
-        for name, value in self._update_options().items():
-            if isinstance(value, Tensor):
-                setattr(self, name, move(value))
-        return moved
+        On the meta device nothing has values. What comes from there is empty, like a new metric.
+        """
+        for name, x in self._update_options().items():
+            if isinstance(x, Tensor):
+                moved = _runtime.moved(x, fn)
+                if not moved.is_meta:
+                    check_has_values(name, x)
+                self.__dict__[name] = moved
+        had_values = not self.tally.state.is_meta
+        super()._apply(lambda x: _runtime.moved(x, fn), exclude_state)
+        if not had_values and not self.tally.state.is_meta:
+            self.reset()
+        return self
 
 
 class LossMetric(TallyMetric):
