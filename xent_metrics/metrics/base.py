@@ -98,6 +98,9 @@ class TallyMetric(Metric):
     is_differentiable = False
     full_state_update = False
     plot_lower_bound: float | None = 0.0
+    # As torchmetrics, for `torch.jit.script` of a module that holds a metric.
+    __jit_ignored_attributes__: ClassVar[list[str]] = [*Metric.__jit_ignored_attributes__, "options"]
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "tally"]
 
     _tally_function: ClassVar[Callable[..., Any]]  # A static method. Saved states hold its name.
     options: LossOptions | BinaryOptions
@@ -162,6 +165,7 @@ class TallyMetric(Metric):
         self._computed = None
         self._update_count += 1
 
+    @torch.jit.unused
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
