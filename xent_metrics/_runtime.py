@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from xent_metrics.distributed import is_distributed
 
@@ -24,6 +25,11 @@ def is_traced() -> bool:
     `torch.compiler.is_compiling` is also true for everything that runs while another thread compiles.
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def is_transformed() -> bool:
+    """Return whether this call is inside a transform of `torch.func`, or in forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def can_read_values(x: Tensor) -> bool:

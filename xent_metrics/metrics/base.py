@@ -27,6 +27,7 @@ from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.other_names import check_names
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
 
@@ -166,6 +167,7 @@ class TallyMetric(Metric):
         self._update_count += 1
 
     @torch.jit.unused
+    @outside_transforms
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
@@ -321,7 +323,7 @@ class TallyMetric(Metric):
                 self._update_count = count
                 raise
 
-        return checked
+        return outside_transforms(checked)
 
     def _check_positional(self, args: tuple[Any, ...]) -> None:
         """Raise if more than predictions and targets come by position: the rest means something else elsewhere."""
