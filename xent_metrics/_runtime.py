@@ -6,11 +6,13 @@ library into the state that it has on an accelerator. Call these functions throu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from xent_metrics.distributed import is_distributed
 
@@ -23,6 +25,11 @@ def is_traced() -> bool:
     `torch.compiler.is_compiling` is also true for everything that runs while another thread compiles.
     """
     return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+
+
+def is_transformed() -> bool:
+    """Return whether this call is inside a transform of `torch.func`, or in forward-mode differentiation."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def can_read_values(x: Tensor) -> bool:
@@ -49,6 +56,17 @@ def no_graph() -> AbstractContextManager[None]:
 def widest_float(device: torch.device) -> torch.dtype:
     """Return float64, or float32 where the device has nothing wider."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def moved(x: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return a tensor where a function that a module applies to its tensors moves them; zeros, if it has no values."""
+    if not x.is_meta:
+        return x.to(move(x.new_empty(0)).device)
+    try:
+        device = move(x.new_empty(0)).device
+    except NotImplementedError:  # There is nothing to copy.
+        device = move(torch.empty(0, dtype=x.dtype, device="cpu")).device
+    return torch.zeros_like(x, device=device)
 
 
 def least_and_greatest(x: Tensor) -> tuple[float, float] | None:

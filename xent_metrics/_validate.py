@@ -32,6 +32,15 @@ def on_host(values: Any) -> Any:
     return values.cpu() if isinstance(values, Tensor) and not values.is_meta else values
 
 
+def check_has_values(name: str, value: Tensor) -> None:
+    """Raise if a tensor is on the meta device, where what is kept has no values."""
+    if value.is_meta:
+        raise ValueError(
+            f"`{name}` must have values, got {describe(value)} on the meta device; make it with device='cpu', and the "
+            "metric with it."
+        )
+
+
 def check_class_weight(class_weight: Tensor | None, input: str) -> None:
     """Raise unless `class_weight` is None or a vector of finite weights that are not negative."""
     if class_weight is None:

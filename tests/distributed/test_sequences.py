@@ -96,20 +96,25 @@ def test_sequences_split_over_ranks(tmp_path: Path) -> None:
             assert seen[name] == bits(report.compute()), name
 
 
-def split_short_time(rank: int) -> Any:
-    """Read sequences of one target that two ranks hold together."""
+def split_short_time(rank: int) -> list[Any]:
+    """Read sequences of one target that two ranks hold together; and once more where others make their tensors."""
     data = make_data()
     time = slice(0, 1) if rank == 0 else slice(1, 1)
-    metric = CrossEntropyReport(sequence_group=dist.group.WORLD)
-    metric.update(data.logits[:, time], data.target[:, time])
-    return bits(metric.compute())
+    values = []
+    for default in ("cpu", "meta"):
+        metric = CrossEntropyReport(sequence_group=dist.group.WORLD)
+        with torch.device(default):
+            metric.update(data.logits[:, time], data.target[:, time])
+            values.append(bits(metric.compute()))
+            assert metric(data.logits[:, time], data.target[:, time])["cross_entropy"].is_cpu
+    return values
 
 
 @distributed
 def test_sequences_of_which_a_rank_has_nothing(tmp_path: Path) -> None:
-    """A rank of a `sequence_group` may have no targets of the sequences."""
+    """A rank of a `sequence_group` may have no targets of the sequences, whatever the default device."""
     data = make_data()
     report = CrossEntropyReport()
     report.update(data.logits[:, :1], data.target[:, :1])
 
-    assert run_ranks(2, split_short_time, tmp_path=tmp_path, timeout=20) == [bits(report.compute())] * 2
+    assert run_ranks(2, split_short_time, tmp_path=tmp_path, timeout=20) == [[bits(report.compute())] * 2] * 2

@@ -108,6 +108,20 @@ def test_bootstrap(case: Case, call: str) -> None:
     assert bits(losses) == bits(case.filled(batches[0], batches[2]).compute())
 
 
+def test_quantiles_of_bootstraps() -> None:
+    """They are asked for by a number, or by a tensor of the dtype of values; PyTorch refuses one of another."""
+    quantiles = torch.tensor([0.1, 0.5], dtype=torch.float64)
+    bootstrap = BootStrapper(Perplexity(), num_bootstraps=5, raw=True)
+    bootstrap.update(**CASES["Perplexity"].batches()[2])
+    for quantile in (quantiles, 0.5):
+        bootstrap.quantile = quantile
+        value = bootstrap.compute()
+        assert bits(value["quantile"]) == bits(value["raw"].quantile(quantile))
+    bootstrap.quantile = quantiles.float()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        bootstrap.compute()
+
+
 @pytest.mark.parametrize("num_groups", [2, 4])
 def test_classwise(num_groups: int) -> None:
     """Groups may be given names."""

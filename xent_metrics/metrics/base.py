@@ -19,7 +19,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_plain, as_token_table, describe, on_host
+from xent_metrics._validate import as_plain, as_token_table, check_has_values, describe, on_host
 from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
@@ -27,6 +27,7 @@ from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.other_names import check_names
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
 
@@ -98,6 +99,9 @@ class TallyMetric(Metric):
     is_differentiable = False
     full_state_update = False
     plot_lower_bound: float | None = 0.0
+    # As torchmetrics, for `torch.jit.script` of a module that holds a metric.
+    __jit_ignored_attributes__: ClassVar[list[str]] = [*Metric.__jit_ignored_attributes__, "options"]
+    __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "tally"]
 
     _tally_function: ClassVar[Callable[..., Any]]  # A static method. Saved states hold its name.
     options: LossOptions | BinaryOptions
@@ -162,6 +166,8 @@ class TallyMetric(Metric):
         self._computed = None
         self._update_count += 1
 
+    @torch.jit.unused
+    @outside_transforms
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
@@ -290,6 +296,8 @@ class TallyMetric(Metric):
                 f"{self.options}; load it into a metric that is configured as the one that saved it."
             )
         if state is not None:
+            if own.is_meta:
+                self.to_empty(device=state.device)  # The metric goes where there are values.
             self._keep(self._tally_type(state.to(self.device)))
             self._computed = None
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -315,7 +323,7 @@ class TallyMetric(Metric):
                 self._update_count = count
                 raise
 
-        return checked
+        return outside_transforms(checked)
 
     def _check_positional(self, args: tuple[Any, ...]) -> None:
         """Raise if more than predictions and targets come by position: the rest means something else elsewhere."""
@@ -388,17 +396,24 @@ class TallyMetric(Metric):
                 moved.update(zip(names, numbers.unbind(), strict=True))
         return {name: moved.get(name, value) for name, value in values.items()}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "") -> Any:
-        """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights."""
+    def _apply(  # type: ignore[override]  # As torchmetrics' has it, and `to_empty` calls it.
+        self, fn: Callable[[Tensor], Tensor], exclude_state: Any = "", recurse: bool = True
+    ) -> Any:
+        """Move to another device, but let nothing cast: `module.to(torch.bfloat16)` would cast readings and weights.
 
-        def move(x: Tensor) -> Tensor:
-            return x.to(fn(x.new_empty(0)).device)
-
-        moved = super()._apply(move, exclude_state)
-        for name, value in self._update_options().items():
-            if isinstance(value, Tensor):
-                setattr(self, name, move(value))
-        return moved
+        On the meta device nothing has values. What comes from there is empty, like a new metric.
+        """
+        for name, x in self._update_options().items():
+            if isinstance(x, Tensor):
+                moved = _runtime.moved(x, fn)
+                if not moved.is_meta:
+                    check_has_values(name, x)
+                self.__dict__[name] = moved
+        had_values = not self.tally.state.is_meta
+        super()._apply(lambda x: _runtime.moved(x, fn), exclude_state)
+        if not had_values and not self.tally.state.is_meta:
+            self.reset()
+        return self
 
 
 class LossMetric(TallyMetric):

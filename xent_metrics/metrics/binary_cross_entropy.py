@@ -16,6 +16,7 @@ from xent_metrics.losses.options import Backend, BinaryInput, BinaryOptions, Los
 from xent_metrics.losses.score import as_weights
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
 from xent_metrics.tally import Tally, tally_losses
 
@@ -127,6 +128,7 @@ class BinaryCrossEntropy(TallyMetric):
         return self._as_tensor(reading.in_unit(self.unit))
 
 
+@outside_transforms
 def binary_cross_entropy(
     preds: Tensor,
     target: Tensor,

@@ -15,6 +15,7 @@ from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.losses.score import per_byte_losses, score_unweighted
 from xent_metrics.metrics.base import TallyMetric, token_table
 from xent_metrics.metrics.batch_tallies import read_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import NanPolicy, Reading, check_reading
 from xent_metrics.tally import Tally, tally_losses
 
@@ -172,6 +173,7 @@ class BitsPerByte(TallyMetric):
         return self._as_tensor(reading.bits_per_token)
 
 
+@outside_transforms
 def bits_per_byte(
     preds: Tensor | LinearLogits,
     target: Tensor,

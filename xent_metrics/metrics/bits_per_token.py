@@ -11,6 +11,7 @@ from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.cross_entropy import CrossEntropyMetric, tally_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import NanPolicy, Reading, check_reading
 
 
@@ -79,6 +80,7 @@ class BitsPerToken(CrossEntropyMetric):
         return self._as_tensor(reading.bits_per_token)
 
 
+@outside_transforms
 def bits_per_token(
     preds: Tensor | LinearLogits,
     target: Tensor,

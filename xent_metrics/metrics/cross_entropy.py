@@ -18,6 +18,7 @@ from xent_metrics.losses.score import as_sequence, score_batch, target_shape
 from xent_metrics.losses.target_losses import IGNORED, SCORED
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import NanPolicy, Reading, check_reading, check_unit
 from xent_metrics.tally import Tally
 
@@ -173,6 +174,7 @@ class CrossEntropy(CrossEntropyMetric):
         return self._as_tensor(reading.in_unit(self.unit))
 
 
+@outside_transforms
 def cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,
@@ -257,6 +259,7 @@ def cross_entropy(
     ).in_unit(unit)
 
 
+@outside_transforms
 def per_target_losses(
     preds: Tensor | LinearLogits,
     target: Tensor,
@@ -329,6 +332,7 @@ def per_target_losses(
     return loss.reshape(target_shape(target, options))
 
 
+@outside_transforms
 def tally(
     preds: Tensor | LinearLogits,
     target: Tensor,

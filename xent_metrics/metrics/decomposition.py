@@ -17,6 +17,7 @@ from xent_metrics.losses.score import score_batch
 from xent_metrics.losses.target_losses import IGNORED, LIMIT
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, check_reading
 from xent_metrics.tally import Tally, tally_losses
 
@@ -145,6 +146,7 @@ class CrossEntropyDecomposition(LossMetric):
         return self._as_tensors({name: x if isinstance(x, Tensor) else float(x) for name, x in values.items()})
 
 
+@outside_transforms
 def cross_entropy_decomposition(
     preds: Tensor | LinearLogits,
     target: Tensor,

@@ -18,6 +18,7 @@ from xent_metrics.losses.score import as_sequence, score_unweighted
 from xent_metrics.losses.target_losses import difference
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
 from xent_metrics.tally import Tally, tally_losses, tally_sequences
 
@@ -188,6 +189,7 @@ class CrossEntropyDifference(TallyMetric):
         return self._as_tensors({called: getattr(reading, name) for called, name in _READ_AS.items()})
 
 
+@outside_transforms
 def cross_entropy_difference(
     preds_a: Tensor | LinearLogits,
     preds_b: Tensor | LinearLogits,

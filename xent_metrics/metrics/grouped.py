@@ -16,6 +16,7 @@ from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOv
 from xent_metrics.losses.score import score_batch
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch, tally_scored_by_group
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import Average, NanPolicy, Reading, check_average, check_reading, check_unit
 from xent_metrics.tally import GroupTally
 
@@ -179,6 +180,7 @@ def _averaged(reading: Any, average: Average, unit: Unit) -> Any:
     return reading.macro_in_unit(unit) if average == "macro" else reading.in_unit(unit)
 
 
+@outside_transforms
 def grouped_cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,

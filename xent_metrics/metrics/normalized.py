@@ -17,6 +17,7 @@ from xent_metrics.losses.score import per_target, score_unweighted
 from xent_metrics.losses.targets import as_index
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, GroupReading, NanPolicy, check_reading
 from xent_metrics.tally import GroupTally, tally_groups
 
@@ -149,6 +150,7 @@ class NormalizedCrossEntropy(LossMetric):
         return self._as_tensor(normalized(reading))
 
 
+@outside_transforms
 def normalized_cross_entropy(
     preds: Tensor | LinearLogits,
     target: Tensor,

@@ -11,6 +11,7 @@ from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.cross_entropy import CrossEntropyMetric, tally_batch
+from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
 
 
@@ -83,6 +84,7 @@ class Perplexity(CrossEntropyMetric):
         return self._as_tensor(reading.perplexity)
 
 
+@outside_transforms
 def perplexity(
     preds: Tensor | LinearLogits,
     target: Tensor,

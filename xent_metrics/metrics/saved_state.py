@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from xent_metrics._validate import describe
+from xent_metrics._validate import check_has_values, describe
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 
 FORMAT_VERSION = 1
@@ -36,6 +36,7 @@ def changed_settings(decides: Mapping[str, Any]) -> Settings:
         if isinstance(value, LossOptions | BinaryOptions):
             settings |= {field: x for field, x in asdict(value).items() if x != _defaults(value)[field]}
         elif isinstance(value, Tensor):
+            check_has_values(name, value)
             settings[name] = f"a tensor with hash {_hash(value.tolist())}"
         elif value is not None:
             settings[name] = value if isinstance(value, int) else value.size()
