@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = "xent_metrics"
 # A module or folder of the library imports those before it, and its own siblings.
 LAYERS = (
-    "distributed", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals", "readings",
-    "metrics", "functional", "token_bytes", "packing", "tags", "validation_stats", "tensorboard", "lightning",
+    "distributed", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals", "reading_info",
+    "readings", "metrics", "functional", "token_bytes", "packing", "tags", "validation_stats", "tensorboard",
+    "lightning",
 )  # fmt: skip
 LONGEST, LONGEST_MEDIAN = 450, 270
 

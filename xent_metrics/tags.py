@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xent_metrics.readings import READINGS
+from xent_metrics.reading_info import READINGS
 
 LOGGED_READINGS = ("cross_entropy", "bits_per_token", "perplexity")
 """What is logged of every stage."""

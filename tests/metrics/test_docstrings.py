@@ -12,7 +12,8 @@ import xent_metrics
 from tests.cases import metric_classes
 from xent_metrics import functional
 from xent_metrics.metrics.base import TallyMetric
-from xent_metrics.readings import OF_OTHER_TALLIES, READINGS, DeviceReading, ExactReading
+from xent_metrics.reading_info import OF_OTHER_TALLIES, READINGS
+from xent_metrics.readings import DeviceReading, ExactReading
 
 CLASSES = sorted(metric_classes(xent_metrics), key=lambda x: x.__name__)
 FUNCTIONS = [getattr(functional, name) for name in functional.__all__ if name != "convert_label_smoothing"]

@@ -16,7 +16,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.cases import named
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity, functional
-from xent_metrics.readings import READINGS
+from xent_metrics.reading_info import READINGS
 
 K = 6
 CLASSES = [CrossEntropy, BitsPerToken, Perplexity, CrossEntropyReport]

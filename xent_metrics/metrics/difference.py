@@ -19,7 +19,8 @@ from xent_metrics.losses.target_losses import difference
 from xent_metrics.metrics.base import TallyMetric
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.transforms import outside_transforms
-from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
+from xent_metrics.reading_info import READINGS
+from xent_metrics.readings import NanPolicy, Reading, check_reading
 from xent_metrics.tally import Tally, tally_losses, tally_sequences
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.cross_entropy import CrossEntropyMetric, tally_batch
 from xent_metrics.metrics.transforms import outside_transforms
-from xent_metrics.readings import READINGS, NanPolicy, Reading, check_reading
+from xent_metrics.reading_info import READINGS
+from xent_metrics.readings import NanPolicy, Reading, check_reading
 
 
 class Perplexity(CrossEntropyMetric):

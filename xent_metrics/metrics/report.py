@@ -10,7 +10,8 @@ from torch import Tensor
 from xent_metrics.losses.options import Backend, Input, LossOptions
 from xent_metrics.metrics.base import token_table
 from xent_metrics.metrics.cross_entropy import CrossEntropyMetric
-from xent_metrics.readings import OF_OTHER_TALLIES, READINGS, NanPolicy, Reading
+from xent_metrics.reading_info import OF_OTHER_TALLIES, READINGS
+from xent_metrics.readings import NanPolicy, Reading
 from xent_metrics.tally import Tally
 
 if TYPE_CHECKING:
@@ -66,10 +67,10 @@ class CrossEntropyReport(CrossEntropyMetric):
         A dict of scalar tensors: `cross_entropy` (nats), `bits_per_token`, `perplexity`, `cross_entropy_stderr`,
         `cross_entropy_lower`, `cross_entropy_upper`, `perplexity_lower`, `perplexity_upper`; and as int64 `num_tokens`
         (scored, those of non-finite loss included), `num_ignored`, `num_nonfinite`; with `token_bytes` also
-        `bits_per_byte`, and what else was asked for. `xent_metrics.readings.READINGS` describes each. Without targets
-        the floats are NaN and the counts 0. The interval is NaN for fewer than two sequences, where the cross-entropy
-        is not finite, where a sequence sums to `2**26` nats or weight, and where weights or deviations are too small to
-        square (some 1e-8).
+        `bits_per_byte`, and what else was asked for. `xent_metrics.reading_info.READINGS` describes each. Without
+        targets the floats are NaN and the counts 0. The interval is NaN for fewer than two sequences, where the
+        cross-entropy is not finite, where a sequence sums to `2**26` nats or weight, and where weights or deviations
+        are too small to square (some 1e-8).
 
     Raises:
         ValueError: If an argument is not one of those named; in the first update, if `backend="compile"` finds no

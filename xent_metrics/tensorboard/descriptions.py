@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from xent_metrics.readings import READINGS
+from xent_metrics.reading_info import READINGS
 from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, UNIFORM, UNIGRAM
 
 _DESCRIBED = (*LOGGED_READINGS, BITS_PER_BYTE, *BOUNDS)
