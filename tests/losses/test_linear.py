@@ -461,7 +461,8 @@ class Model(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
         """Score the next token."""
         hidden = self.body(batch[:, :-1])
-        return {"logits": LinearLogits(hidden, self.head.weight, self.head.bias), "target": batch[:, 1:]}
+        logits = LinearLogits(hidden, self.head.weight, self.head.bias, scale=2.0, softcap=0.5)
+        return {"logits": logits, "target": batch[:, 1:]}
 
 
 @pytest.mark.filterwarnings("ignore:.*sequence is treated as leaf.*")
@@ -471,5 +472,6 @@ def test_a_step_may_return_it(tmp_path: Any) -> None:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = Trainer(callbacks=[CrossEntropyMonitor()], default_root_dir=tmp_path, enable_checkpointing=False, **quiet)
     (logged,) = trainer.validate(model, DataLoader(data, batch_size=3), verbose=False)
-    expected = F.cross_entropy(model.head(model.body(data[:, :-1])).double().flatten(0, 1), data[:, 1:].flatten())
+    logits = 0.5 * torch.tanh(2 * model.head(model.body(data[:, :-1])).double() / 0.5)
+    expected = F.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten())
     assert logged["val/cross_entropy"] == pytest.approx(expected.item(), rel=1e-6)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.memory import recursive_detach
@@ -24,10 +27,11 @@ N, D = 6, 4
 Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
-@pytest.fixture(params=[False, True], ids=["", "bias"])
+@pytest.fixture(params=[False, True], ids=["", "bias, scaled and capped"])
 def preds(request: pytest.FixtureRequest) -> LinearLogits:
     """Return as many rows as there are classes, so that what chooses rows of both would go unnoticed."""
-    return LinearLogits(torch.randn(N, D), torch.randn(N, D), torch.randn(N) if request.param else None)
+    bias, steps = (torch.randn(N), {"scale": 0.5, "softcap": 2.0}) if request.param else (None, {})
+    return LinearLogits(torch.randn(N, D), torch.randn(N, D), bias, **steps)
 
 
 TARGET = torch.arange(N)
@@ -59,6 +63,8 @@ def test_wrappers_of_collections(preds: LinearLogits) -> None:
     collection = MetricCollection({"a": MetricCollection([BitsPerToken(), Perplexity()]), "b": CrossEntropy()})
     collection.update(preds, TARGET)
     logits = torch.nn.functional.linear(preds.hidden, preds.weight, preds.bias)
+    if preds.scale and preds.softcap:
+        logits = preds.softcap * torch.tanh(preds.scale * logits / preds.softcap)
     assert collection.compute()["b"].item() == pytest.approx(functional.cross_entropy(logits, TARGET).item(), rel=1e-6)
 
 
@@ -72,7 +78,7 @@ def test_maps_over_its_parts_are_refused(change: Callable[[Tensor], Any], preds:
 
 def test_its_parts_may_be_detached_and_moved(preds: LinearLogits) -> None:
     """That leaves the numbers what they are; Lightning does so to what a step returns."""
-    factors = LinearLogits(*(None if x is None else x.requires_grad_() for x in parts(preds)))  # type: ignore[arg-type]
+    factors = LinearLogits(*(None if x is None else x.requires_grad_() for x in parts(preds)), **steps(preds))  # type: ignore[arg-type]
     detached = recursive_detach({"logits": factors})["logits"]
     assert type(detached) is LinearLogits
     assert not any(x.requires_grad for x in parts(detached) if x is not None)
@@ -81,11 +87,18 @@ def test_its_parts_may_be_detached_and_moved(preds: LinearLogits) -> None:
     assert factors.to("meta").weight.device.type == "meta"
     assert factors.to(torch.bfloat16).dtype == torch.bfloat16
     assert (factors.to("meta").bias is None) == (factors.bias is None)
+    for other in (detached, factors.to("meta"), factors.narrow(0, 1, 2)):
+        assert steps(other) == steps(preds)
 
 
 def parts(preds: LinearLogits) -> Parts:
     """Return the three parts."""
     return preds.hidden, preds.weight, preds.bias
+
+
+def steps(preds: LinearLogits) -> dict[str, float | None]:
+    """Return what is done to the products."""
+    return {"scale": preds.scale, "softcap": preds.softcap}
 
 
 def test_it_is_no_collection(preds: LinearLogits) -> None:
@@ -104,6 +117,7 @@ def test_it_is_equal_to_itself_only(preds: LinearLogits) -> None:
     for other in (copy.copy(preds), copy.deepcopy(preds), pickle.loads(pickle.dumps(preds))):
         assert other != preds
         assert hash(other) != hash(preds)
+        assert steps(other) == steps(preds)
         for a, b in zip(parts(other), parts(preds), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert preds == preds
@@ -111,11 +125,25 @@ def test_it_is_equal_to_itself_only(preds: LinearLogits) -> None:
     assert preds.to("cpu").weight is preds.weight
 
 
-@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "other"])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "scale", "softcap", "other"])
 def test_its_parts_are_fixed(name: str, preds: LinearLogits) -> None:
     """No part is replaced by assignment, by one of its shape neither."""
-    raised(TypeError, lambda: setattr(preds, name, torch.zeros(N, D)))
+    for value in (torch.zeros(N, D), 4.0):
+        raised(TypeError, lambda v=value: setattr(preds, name, v))
     assert not hasattr(preds, "other")
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_scale_or_cap_is_a_positive_number(name: str) -> None:
+    """Anything else raises where it is made; NumPy's numbers become Python's."""
+    bad = (0, -1.0, math.nan, math.inf, -math.inf, True, "30", 1j, torch.tensor(30.0), np.array([30.0]), np.float32(-1))
+    for value in bad:
+        message = raised(ValueError, lambda v=value: LinearLogits(torch.ones(N, D), torch.ones(N, D), **{name: v}))
+        assert message.startswith(f"`{name}` must be None or a positive and finite number, got {value!r}; leave")
+    for convert in (np.float32, np.float64, np.int64, int, Fraction):
+        own = getattr(LinearLogits(torch.ones(N, D), torch.ones(N, D), **{name: convert(30)}), name)
+        assert type(own) in (int, float)
+        assert own == 30
 
 
 @pytest.mark.parametrize("preds", [True], indirect=True)
@@ -123,7 +151,7 @@ def test_compiled_code_makes_and_takes_it(preds: LinearLogits) -> None:
     """In one graph, with the same value."""
 
     def make(*factors: Any) -> Tensor:
-        return functional.cross_entropy(LinearLogits(*factors), TARGET)
+        return functional.cross_entropy(LinearLogits(*factors, **steps(preds)), TARGET)
 
     def take(logits: LinearLogits) -> Tensor:
         return functional.cross_entropy(logits, TARGET)

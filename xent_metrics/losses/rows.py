@@ -274,6 +274,7 @@ def _linear_blocks(
             torch.mm(flat, weight, out=logits)
         else:
             torch.addmm(bias, flat, weight, out=logits)
+        preds.finish(logits)
         for some, parts in row_blocks([logits.view(*hidden.shape[:-1], num_classes), *targets], max_rows):
             yield _among(rows, some), parts
 
