@@ -76,48 +76,50 @@ def num_unpadded_samples(sampler: DistributedSampler[Any], start: int, num_sampl
 
 
 class VocabShard(NamedTuple):
-    """The logits of some of the classes.
+    """Which of the classes are on this rank.
 
     Attributes:
-        logits: Of all the rows, and of the classes `[offset, offset + number of them)`.
+        name: The argument that is sharded.
         offset: The first class.
+        num_classes: How many there are on all ranks.
         group: The ranks that have the other classes.
         mismatch: Why these are not the classes that this rank should have; empty if they are.
     """
 
-    logits: Tensor
+    name: str
     offset: int
+    num_classes: int
     group: ProcessGroup
     mismatch: str
 
 
-def is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Any) -> bool:
     """Return whether a tensor is spread over ranks, without importing what would be needed to ask its class."""
     return type(x) is not Tensor and hasattr(x, "placements") and hasattr(x, "device_mesh")
 
 
-def vocab_shard(preds: Any, class_dim: int) -> VocabShard | None:
-    """Return the part of a DTensor's classes that is on this rank; None if it has all of them.
+def vocab_shard(name: str, x: Any, class_dim: int) -> tuple[Tensor, VocabShard | None]:
+    """Return the part of a DTensor that is on this rank, and which classes these are; None if they are all.
 
     Raises:
         ValueError: If it is spread in any way but over the classes.
     """
-    class_dim %= preds.dim()
-    placements = [(dim, p) for dim, p in enumerate(preds.placements) if not p.is_replicate()]
+    class_dim %= x.dim()
+    part: Tensor = x.to_local()
+    placements = [(dim, p) for dim, p in enumerate(x.placements) if not p.is_replicate()]
     if not placements:
-        return None
+        return part, None
     (mesh_dim, placement), *others = placements
     if others or not placement.is_shard(class_dim):
         raise ValueError(
-            f"`preds` must be a DTensor that is sharded over the classes only, on dimension {class_dim}, got "
-            f"{preds.placements}; build it with DTensor.from_local on the mesh of the tensor-parallel ranks."
+            f"{name} must be a DTensor that is sharded over the classes only, on dimension {class_dim}, got "
+            f"{x.placements}; build it with DTensor.from_local on the mesh of the tensor-parallel ranks."
         )
-    logits: Tensor = preds.to_local()
-    num_classes, num_ranks = preds.shape[class_dim], preds.device_mesh.size(mesh_dim)
+    num_classes, num_ranks = x.shape[class_dim], x.device_mesh.size(mesh_dim)
     size = -(-num_classes // num_ranks)
-    offset = min(preds.device_mesh.get_local_rank(mesh_dim) * size, num_classes)
+    offset = min(x.device_mesh.get_local_rank(mesh_dim) * size, num_classes)
     expected = min(size, num_classes - offset)
     mismatch = ""
-    if logits.shape[class_dim] != expected:  # Not raised here: the other ranks would wait for this one.
-        mismatch = f", here {expected} of {num_classes} classes, got {logits.shape[class_dim]}"
-    return VocabShard(logits, offset, preds.device_mesh.get_group(mesh_dim), mismatch)
+    if part.shape[class_dim] != expected:  # Not raised here: the other ranks would wait for this one.
+        mismatch = f", here {expected} of {num_classes} classes, got {part.shape[class_dim]}"
+    return part, VocabShard(name, offset, num_classes, x.device_mesh.get_group(mesh_dim), mismatch)

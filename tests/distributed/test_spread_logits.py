@@ -150,7 +150,7 @@ def assert_losses_agree(seen: dict[str, Any], sizes: list[int]) -> None:
             assert [(call.name, call.operation) for call in calls] == [("allreduce_", "MAX"), ("allreduce_", "SUM")], (
                 name
             )
-            assert [call.num_bytes for call in calls] == [(rows + 3) * 8, 3 * rows * 8], name
+            assert [call.num_bytes for call in calls] == [(rows + 5) * 8, 3 * rows * 8], name
 
 
 @distributed
@@ -324,7 +324,8 @@ def misplace(rank: int) -> dict[str, str]:
             seen[form] = error(lambda form=form: CrossEntropy(input=form).update(spread(x, mesh), target))
         assert not collectives.taken()
         seen["crooked"] = error(lambda: CrossEntropy().update(crooked, target))
-        assert len(collectives.taken()) == 1  # That is how all of them know.
+        seen["other targets"] = error(lambda: CrossEntropy().update(spread(x, mesh), target + rank))
+        assert len(collectives.taken()) == 2  # That is how all of them know.
     return seen
 
 
@@ -351,6 +352,9 @@ def test_logits_that_are_spread_otherwise(tmp_path: Path) -> None:
         for name, text in expected.items():
             assert seen[name].startswith(text), name
         assert seen["crooked"].startswith(chunks.format(*((4, 3), (3, 4))[rank]))
+        assert seen["other targets"].startswith(
+            "ValueError: `target` must be the same on all ranks that share the classes"
+        )
 
 
 def pass_parts_without_shape(rank: int) -> str:

@@ -44,7 +44,7 @@ HIDDEN: dict[str, Callable[[], Tensor]] = {
 
 
 class Matmuls(TorchDispatchMode):
-    """Records the rows of each matmul of a head, and where its result goes.
+    """Records the rows and columns of each matmul of a head, and where its result goes.
 
     A tally has one of its own, of the digits of loss and weight, which are eight.
     """
@@ -52,6 +52,7 @@ class Matmuls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[int] = []
+        self.columns: set[int] = set()
         self.buffers: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,6 +60,7 @@ class Matmuls(TorchDispatchMode):
         is_matmul = str(func).startswith(("aten.mm", "aten.addmm", "aten.bmm", "aten.linear", "aten.matmul"))
         if is_matmul and result.shape != (8, 8):
             self.rows.append(result.shape[:-1].numel())
+            self.columns.add(result.shape[-1])
             self.buffers.add(result.data_ptr())
         return result
 

@@ -113,18 +113,15 @@ def test_no_factors_for_yes_or_no_targets(call: str) -> None:
 
 
 @row(A_FACTOR)
-@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
-def test_factors_that_are_spread_over_ranks(name: str) -> None:
-    """A part that is a DTensor is refused, with what to pass instead."""
+def test_hidden_states_that_are_spread_over_ranks() -> None:
+    """They are refused, with what to pass instead; a head may be spread."""
 
     class Spread(torch.Tensor):
         placements = device_mesh = None  # By which the library knows a DTensor.
 
-    parts = {"hidden": HIDDEN, "weight": HEAD, "bias": HEAD[:, 0].clone()}
-    parts[name] = parts[name].as_subclass(Spread)
-    preds = LinearLogits(**parts)
+    preds = LinearLogits(HIDDEN.as_subclass(Spread), HEAD)
     message = raised(TypeError, lambda: functional.cross_entropy(preds, torch.zeros(2, 3, dtype=torch.int64)))
-    assert re.match(rf"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor\(\)", message)
+    assert message == "`hidden` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor()."
 
 
 @row("class weights of the wrong length")

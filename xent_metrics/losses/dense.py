@@ -15,13 +15,12 @@ from torch import Tensor
 
 from xent_metrics import _runtime
 from xent_metrics._validate import check_hard, check_tensors, without
-from xent_metrics.distributed import is_dtensor, vocab_shard
 from xent_metrics.losses import kernels
 from xent_metrics.losses.kernels import RowSums, score_dtype
 from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.rows import Reduction, RowReader, RowResults, num_rows_in, of_rows, rows_to_score
-from xent_metrics.losses.sharded import score_shard
+from xent_metrics.losses.sharded import local_scores, score_shard
 from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, ignored_status, lookup_index
 
@@ -37,7 +36,7 @@ def target_losses(
 
     Args:
         preds: Scores with classes on `options.class_dim`, or losses of target's shape with `input="losses"`; logits may
-            be a DTensor that is sharded over the classes.
+            be a DTensor that is sharded over the classes, and so may the weight of `LinearLogits`.
         target: Class indices of any integer dtype, of `preds`' shape without the class dimension; or soft targets,
             floats of `preds`' shape.
         options: How losses are made.
@@ -53,16 +52,14 @@ def target_losses(
     with _runtime.no_graph():
         if class_weight is not None:
             class_weight = class_weight.to(score_dtype(preds)).to(_runtime.widest_float(preds.device))
-        if isinstance(preds, Tensor) and is_dtensor(preds):
-            shard = vocab_shard(preds, options.class_dim)
-            if shard is not None:
-                if options.accuracy or options.entropy:
-                    raise ValueError(
-                        "`preds` must be whole rows for `accuracy` and `entropy`, got a DTensor that is sharded over "
-                        "the classes; leave them out, or pass its full_tensor()."
-                    )
-                return score_shard(shard, preds.shape, target, options, class_weight)
-            preds = preds.to_local()  # type: ignore[attr-defined]
+        preds, shard = local_scores(preds, options.class_dim)
+        if shard is not None:
+            if options.accuracy or options.entropy:
+                raise ValueError(
+                    f"{shard.name} must hold all classes for `accuracy` and `entropy`, got a DTensor that is sharded "
+                    "over the classes; leave them out, or pass its full_tensor()."
+                )
+            return score_shard(preds, shard, target, options, class_weight)
         preds, target = options.shifted(preds, target)
         if target.is_floating_point():
             losses = _score_soft(preds, target, options, class_weight)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics._validate import FLOATS, as_plain, check_not_nested, describe, is_number
-from xent_metrics.distributed import is_dtensor
+from xent_metrics.distributed import VocabShard, is_dtensor, vocab_shard
 
 
 @dataclass(init=False, eq=False)
@@ -32,8 +32,9 @@ class LinearLogits:
 
     Args:
         hidden: What goes into the head, of shape `(..., D)`.
-        weight: The head's, of shape `(V, D)`, as `torch.nn.Linear` has it.
-        bias: The head's, of shape `(V,)`; None for none.
+        weight: The head's, of shape `(V, D)`, as `torch.nn.Linear` has it; or a DTensor of that shape, sharded over the
+            classes.
+        bias: The head's, of shape `(V,)`, sharded as `weight` or not at all; None for none.
         scale: What products are multiplied by; None for none.
         softcap: What scaled products are squashed below, in magnitude, by a tanh; None for none.
 
@@ -50,6 +51,10 @@ class LinearLogits:
         The factors are read when they are scored. After an optimizer's step, as in the callback's training hooks, the
         weight is no longer the one that `hidden` goes with: return `losses` there.
 
+        Of a sharded weight each rank multiplies the classes that it has, and the ranks exchange sums (tensor
+        parallelism): nothing is gathered. They all need the same `hidden` and targets. Ranks of FSDP have other data;
+        there pass `weight.full_tensor()`.
+
         It is one thing, and no collection: it has no length, it equals only itself, and its parts cannot be replaced.
         `.to()` moves all of them. Wrappers that choose rows of every tensor, such as torchmetrics'
         `BootStrapper`, would choose rows of the weight too, and are refused.
@@ -63,10 +68,11 @@ class LinearLogits:
         5 % more time.
 
     Raises:
-        TypeError: Where it is used: if one of the three is no tensor of floats, is a DTensor, or they differ in dtype
-            outside autocast.
+        TypeError: Where it is used: if one of the three is no tensor of floats, if `hidden` is a DTensor, or if they
+            differ in dtype outside autocast.
         ValueError: Where it is made: if `scale` or `softcap` is not positive and finite. Where it is used: if shapes or
-            devices do not fit, with `input` other than `"logits"`, and with `class_dim` other than the last.
+            devices do not fit, with `input` other than `"logits"`, with `class_dim` other than the last, and if a
+            sharded weight is so in any other way or meets soft targets, or the targets of its ranks differ.
 
     >>> from xent_metrics import CrossEntropy
     >>> metric = CrossEntropy()
@@ -170,7 +176,47 @@ def _is_elsewhere(own: Any, value: Any) -> bool:
     """Return whether a tensor holds the numbers of another one: in the same memory, or on another device."""
     if not isinstance(own, Tensor) or not isinstance(value, Tensor) or own.shape != value.shape:
         return False
-    return own.device != value.device or own.data_ptr() == value.data_ptr()
+    if is_dtensor(own) != is_dtensor(value) or own.device != value.device:
+        return own.device != value.device
+    return _local(own).data_ptr() == _local(value).data_ptr()
+
+
+def _local(x: Any) -> Tensor:
+    """Return what of a tensor is on this rank: a DTensor has no memory of its own."""
+    part: Tensor = x.to_local() if is_dtensor(x) else x
+    return part
+
+
+def local_head(preds: LinearLogits) -> tuple[LinearLogits, VocabShard | None]:
+    """Return the logits of the classes that are on this rank, and which these are; None if they are all.
+
+    Raises:
+        ValueError: If `weight` is spread in any way but over the classes, or `bias` otherwise than it.
+    """
+    if not (is_dtensor(preds.weight) or is_dtensor(preds.bias)):
+        return preds, None
+    weight, shard = _placed("weight", preds.weight)
+    bias, own = _placed("bias", preds.bias)
+    if own is not None and (shard is None or own.group != shard.group):
+        raise ValueError(
+            "`bias` of `preds` must be spread over ranks as `weight` is, or not at all, got "
+            f"{_placements(preds.bias)} and {_placements(preds.weight)}; pass its full_tensor()."
+        )
+    if shard is not None and bias is not None:
+        bias = bias[shard.offset : shard.offset + len(weight)] if own is None else bias
+        if len(bias) != len(weight):  # Not raised here: the other ranks would wait for this one.
+            bias, shard = None, shard._replace(mismatch=shard.mismatch or ", here another number of `bias`")
+    return LinearLogits(preds.hidden, weight, bias, **preds._steps), shard
+
+
+def _placed(name: str, x: Any) -> tuple[Any, VocabShard | None]:
+    """Return the part of a factor that is on this rank, and which classes it has; None if they are all."""
+    return vocab_shard(f"`{name}` of `preds`", x, 0) if is_dtensor(x) else (x, None)
+
+
+def _placements(x: Any) -> str:
+    """Return where a tensor is, for an error message."""
+    return f"{x.placements} on {x.device_mesh}" if is_dtensor(x) else "a plain tensor"
 
 
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str, class_dim: int) -> None:
@@ -216,16 +262,13 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str
 
 
 def _check_factor(name: str, value: Any) -> None:
-    """Raise unless a value is a plain tensor of floats."""
+    """Raise unless a value is a dense tensor of floats, and a plain one where it is not of the head."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor."
         )
-    if is_dtensor(value):
-        raise TypeError(
-            f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor(), or pass the sharded "
-            "logits as a DTensor."
-        )
+    if name == "hidden" and is_dtensor(value):
+        raise TypeError(f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor().")
     check_not_nested(name, value)
     if value.layout != torch.strided:
         raise TypeError(

@@ -1,4 +1,7 @@
-"""Logits of which each rank has some of the classes: two small collectives, and no rank ever holds a whole row."""
+"""Logits of which each rank has some of the classes: two small collectives, and no rank ever holds a whole row.
+
+They are there already, or are made here from the classes of a head that this rank has.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,29 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics.distributed import VocabShard, max_over_ranks, sum_over_ranks
+from xent_metrics.distributed import VocabShard, is_dtensor, max_over_ranks, sum_over_ranks, vocab_shard
 from xent_metrics.losses import kernels
 from xent_metrics.losses.kernels import RowSums
+from xent_metrics.losses.linear import LinearLogits, local_head
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.rows import Reduction, RowReader, num_rows_in, of_rows
 from xent_metrics.losses.target_losses import TARGET_OUT_OF_RANGE, TargetLosses, mark
 from xent_metrics.losses.targets import as_index, lookup_index
 
 
+def local_scores(preds: Tensor | LinearLogits, class_dim: int) -> tuple[Tensor | LinearLogits, VocabShard | None]:
+    """Return the scores of the classes that are on this rank, and which these are; None if they are all."""
+    if isinstance(preds, LinearLogits):
+        return local_head(preds)
+    return vocab_shard("`preds`", preds, class_dim) if is_dtensor(preds) else (preds, None)
+
+
 def score_shard(
-    shard: VocabShard, shape: torch.Size, target: Tensor, options: LossOptions, class_weight: Tensor | None
+    scores: Tensor | LinearLogits,
+    shard: VocabShard,
+    target: Tensor,
+    options: LossOptions,
+    class_weight: Tensor | None,
 ) -> TargetLosses:
     """Score class indices with logits of which each rank has some classes, in two small collectives.
 
@@ -31,13 +46,13 @@ def score_shard(
             f"`preds` that are sharded over the classes must be logits with integer targets, got input="
             f"{options.input!r} and {target.dtype} targets; gather them with full_tensor()."
         )
-    num_classes = shape[options.class_dim]
-    logits, target = options.shifted(shard.logits, target)
+    num_classes = shard.num_classes
+    logits, target = options.shifted(scores, target)
     index, status = lookup_index(as_index(target).reshape(-1), num_classes, options)
     smoothing = options.smoothing(num_classes)
 
     own = _own_sums(shard, logits, index, options, class_weight, smoothing)
-    greatest, mismatch = _max_and_mismatch(own.top, shard, num_classes)
+    greatest, mismatch = _max_and_mismatch(own.top, shard, index)
     status = mark(status, TARGET_OUT_OF_RANGE, mismatch.expand(index.shape))
     of_target, exponentials, of_all = sum_over_ranks(own.relative_to(greatest), shard.group)
     denominator = None if class_weight is None else class_weight[index]
@@ -83,14 +98,14 @@ class _OwnSums(NamedTuple):
 
 def _own_sums(
     shard: VocabShard,
-    logits: Tensor,
+    logits: Tensor | LinearLogits,
     index: Tensor,
     options: LossOptions,
     class_weight: Tensor | None,
     smoothing: float,
 ) -> _OwnSums:
     """Read this rank's classes."""
-    rows = logits.movedim(options.class_dim, -1)
+    rows = logits.movedim(options.class_dim, -1) if isinstance(logits, Tensor) else logits
     width = rows.shape[-1]
     local = index - shard.offset
     here = (local >= 0) & (local < width)
@@ -117,19 +132,26 @@ def _own_sums(
     return _OwnSums(of_target, here, top, log_sum, of_all, top_of_all, kernels.weight_of_all(weight, width))
 
 
-def _max_and_mismatch(top: Tensor, shard: VocabShard, num_classes: int) -> tuple[Tensor, Tensor]:
+def _max_and_mismatch(top: Tensor, shard: VocabShard, index: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest of each number over ranks, and whether the parts of the ranks do not fit together.
 
     What has to be known of the parts travels with the numbers. If they do not fit, all ranks raise, where that is free.
     """
+    # Ranks that share the data, as those of FSDP do, have other targets, and all but surely another sum of these.
+    targets = (index * torch.arange(1, len(index) + 1, device=index.device)).sum().to(top.dtype)
     # Not from a list, which the device would have to wait for.
-    about = torch.stack([top.new_full((), x) for x in (bool(shard.mismatch), num_classes, -num_classes)])
-    packed = max_over_ranks(torch.cat([top, about]), shard.group)
-    mismatch, most, least = packed[-3:].unbind()
-    mismatch = (mismatch > 0) | (most != -least)
+    about = [top.new_full((), x) for x in (bool(shard.mismatch), shard.num_classes, -shard.num_classes)]
+    packed = max_over_ranks(torch.cat([top, torch.stack([*about, targets, -targets])]), shard.group)
+    mismatch, most, least, above, below = packed[-5:].unbind()
+    mismatch, others = (mismatch > 0) | (most != -least), above != -below
     if _runtime.can_read_values(mismatch) and mismatch:
         raise ValueError(
-            f"`preds` must be a DTensor of the parts that torch.chunk gives, of as many classes on every rank"
+            f"{shard.name} must be a DTensor of the parts that torch.chunk gives, of as many classes on every rank"
             f"{shard.mismatch}; pass `shape` and `stride` to DTensor.from_local if the last part is smaller."
         )
-    return packed[:-3], mismatch
+    if _runtime.can_read_values(others) and others:
+        raise ValueError(
+            f"`target` must be the same on all ranks that share the classes of {shard.name}, but is not; where they "
+            "share the data, as ranks of FSDP do, pass full_tensor() of what is sharded."
+        )
+    return packed[:-5], mismatch | others
