@@ -19,6 +19,7 @@ from xent_metrics.metrics import (
 from xent_metrics.packing import continues_sequence, sequence_ids
 from xent_metrics.tally import GroupTally, Tally
 from xent_metrics.token_bytes import check_token_bytes, token_byte_lengths
+from xent_metrics.token_windows import TokenWindows
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "NormalizedCrossEntropy",
     "Perplexity",
     "Tally",
+    "TokenWindows",
     "check_token_bytes",
     "compute_together",
     "continues_sequence",
