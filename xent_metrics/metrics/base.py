@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
@@ -29,55 +29,10 @@ from xent_metrics.metrics.other_names import check_names
 from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
 from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
-from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
+from xent_metrics.tally import GroupTally, Tally
 
 SAVED_AS = "tally"
 """The key of a state in a `state_dict`."""
-
-
-def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Compute several metrics of this library in one collective, where each `compute` would be one of its own.
-
-    Args:
-        metrics: The metrics by name, the same on every rank; a `MetricCollection` is fine.
-
-    Returns:
-        What `compute` returns, by the same names. The metrics are left as they are.
-
-    Raises:
-        TypeError: If a metric is not of this library.
-        ValueError: If they have different process groups, or synchronize by a function of their own; and whatever
-            their `compute` raises, on every rank.
-
-    >>> from xent_metrics import CrossEntropy, Perplexity
-    >>> metrics = {"train": CrossEntropy(), "val": Perplexity()}
-    >>> for metric in metrics.values():
-    ...     metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
-    >>> compute_together(metrics)
-    {'train': tensor(2.0794, dtype=torch.float64), 'val': tensor(8.0000, dtype=torch.float64)}
-    """
-    if not isinstance(metrics, Mapping | MetricCollection):
-        raise TypeError(
-            f"`metrics` must be a dict of metrics, or a MetricCollection, got {type(metrics).__name__}; name each of "
-            "them."
-        )
-    named = dict(metrics.items())
-    for name, metric in named.items():
-        if not isinstance(metric, TallyMetric):
-            raise TypeError(
-                f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
-                "itself."
-            )
-    own = {name: metric for name, metric in named.items() if isinstance(metric, TallyMetric)}
-    # By name, since the order of a dict may be another on another rank.
-    reduced = [metric for _, metric in sorted(own.items()) if metric.is_to_be_reduced()]
-    if len({id(metric.process_group) for metric in reduced}) > 1 or any(metric.dist_sync_fn for metric in reduced):
-        raise ValueError(
-            "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
-        )
-    totals = sum_tallies_over_ranks([metric.tally for metric in reduced], reduced[0].process_group if reduced else None)
-    tallies = {id(metric): total for metric, total in zip(reduced, totals, strict=True)}
-    return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in own.items()}
 
 
 class TallyMetric(Metric):
