@@ -12,7 +12,18 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.lightning.worlds import K, Table, both, loader, logged, make_trainer, own, pooled, rows, run_ranks
+from tests.lightning.worlds import (
+    K,
+    Table,
+    both,
+    loader,
+    logged,
+    make_trainer,
+    own,
+    pooled,
+    rows,
+    run_ranks,
+)
 from xent_metrics.lightning import CrossEntropyMonitor
 
 pytestmark = pytest.mark.distributed
@@ -122,6 +133,31 @@ def test_every_rank_raises_what_one_rank_did_wrong(tmp_path) -> None:
     assert (after_batches, all_batches) == (3, 2)
     assert "8 " in in_training
     assert "8 " in in_validation
+
+
+class Lopsided(Table):
+    """Groups its targets."""
+
+    def step(self, stage: str, batch: list[torch.Tensor]) -> dict[str, Any]:
+        return super().step(stage, batch) | {"group": 0}
+
+
+def fit_lopsided() -> list[str]:
+    """Fit with groups in another order on the second rank, and with another number of them."""
+    is_second, said = torch.distributed.get_rank() == 1, []
+    for names in (["code", "web"], ["web", "code", "news"]):
+        monitor = CrossEntropyMonitor(groups=names if is_second else ["web", "code"])
+        with pytest.raises(ValueError, match="on every rank") as caught:
+            make_trainer(monitor).fit(Lopsided(), loader(16))
+        said.append(str(caught.value))
+    return said
+
+
+def test_ranks_that_tally_different_things_do_not_add_them_up(tmp_path) -> None:
+    """Groups are added up by their order, so ranks must have the same; all raise, with their own."""
+    first, second = run_ranks(2, fit_lopsided, tmp_path=tmp_path, timeout=60)
+    assert ["groups=['web', 'code']" in text for text in first] == [True, True]
+    assert ["groups=['code', 'web']" in second[0], "groups=['web', 'code', 'news']" in second[1]] == [True, True]
 
 
 def fit_with_dashboards(folder: Path, idle: bool) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
 from xent_metrics.metrics.batch_tallies import tally_scored, tally_scored_by_group
+from xent_metrics.metrics.saved_state import changed_settings, in_words
 from xent_metrics.tally.accumulate import tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
 
@@ -89,6 +90,8 @@ class OutputReader:
         }
         self.device = torch.device("cpu")
         self.reads_means = False
+        decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
+        self.about = in_words("CrossEntropyMonitor", {**changed_settings(decides), "groups": list(self.groups)})
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""

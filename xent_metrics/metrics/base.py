@@ -20,13 +20,13 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
 from xent_metrics._validate import as_plain, as_token_table, check_has_values, describe, on_host
-from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
+from xent_metrics.distributed import check_group_of_ranks, sum_alike_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.other_names import check_names
-from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
+from xent_metrics.metrics.saved_state import changed_settings, in_words, name_in_0_1_0, pack, state_name, unpack
 from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
 from xent_metrics.tally import GroupTally, Tally
@@ -127,7 +127,8 @@ class TallyMetric(Metric):
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
         On the CPU the value has the bits that `compute` would give; elsewhere, and for groups, it is read in floating
-        point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise.
+        point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise. With
+        `dist_sync_on_step=True` it waits, for the device and for the other ranks, and raises if their metrics differ.
         """
         self._require_unsynced()
         self._check_positional(args)
@@ -167,7 +168,8 @@ class TallyMetric(Metric):
 
         Raises:
             ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
-                non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
+                non-finite losses under `nan_policy="raise"`, on any rank; if ranks have metrics that are configured
+                differently. The state is kept.
         """
         return self.read(self.tally)
 
@@ -175,6 +177,10 @@ class TallyMetric(Metric):
         """Return whether `compute` would add up the tallies of several ranks."""
         available = self.distributed_available_fn
         return bool(self.sync_on_compute and not self._is_synced and available and available())
+
+    def about(self) -> str:
+        """Say what decides the tally, and who raises: ranks that say different things do not add up theirs."""
+        return in_words(type(self).__name__, {**self._settings, "nan_policy": self.nan_policy})
 
     def read(self, tally: Any) -> Any:
         """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
@@ -199,7 +205,9 @@ class TallyMetric(Metric):
         if dist_sync_fn is not gather_all_tensors:
             super()._sync_dist(dist_sync_fn, process_group)
             return
-        self.tally = self._tally_type(sum_over_ranks(self.tally.state, process_group or self.process_group))
+        state = self.tally.state
+        total = sum_alike_over_ranks(state.flatten(), self.about(), process_group or self.process_group)
+        self.tally = self._tally_type(total.view_as(state))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the tally of another metric that is configured alike."""

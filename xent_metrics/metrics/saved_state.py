@@ -45,6 +45,11 @@ def changed_settings(decides: Mapping[str, Any]) -> Settings:
     return {name: getattr(value, "item", lambda value=value: value)() for name, value in sorted(settings.items())}
 
 
+def in_words(name: str, settings: Settings) -> str:
+    """Say how something is configured, for ranks to compare and for users to read."""
+    return f"{name} with {', '.join(f'{option}={value!r}' for option, value in settings.items())}"
+
+
 def state_name(update: str, settings: Settings) -> str:
     """Return the name of the attribute for the state.
 

@@ -23,8 +23,8 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
 
     Raises:
         TypeError: If a metric is not of this library.
-        ValueError: If they have different process groups, or synchronize by a function of their own; and whatever
-            their `compute` raises, on every rank.
+        ValueError: If they have different process groups, or synchronize by a function of their own; on every rank,
+            if other ranks have other names or metrics that are configured otherwise, and whatever `compute` raises.
 
     >>> from xent_metrics import CrossEntropy, Perplexity
     >>> metrics = {"train": CrossEntropy(), "val": Perplexity()}
@@ -47,11 +47,14 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
             )
     own = {name: metric for name, metric in named.items() if isinstance(metric, TallyMetric)}
     # By name, since the order of a dict may be another on another rank.
-    reduced = [metric for _, metric in sorted(own.items()) if metric.is_to_be_reduced()]
-    if len({id(metric.process_group) for metric in reduced}) > 1 or any(metric.dist_sync_fn for metric in reduced):
+    reduced = {name: metric for name, metric in sorted(own.items()) if metric.is_to_be_reduced()}
+    groups = {id(metric.process_group) for metric in reduced.values()}
+    if len(groups) > 1 or any(metric.dist_sync_fn for metric in reduced.values()):
         raise ValueError(
             "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
         )
-    totals = sum_tallies_over_ranks([metric.tally for metric in reduced], reduced[0].process_group if reduced else None)
-    tallies = {id(metric): total for metric, total in zip(reduced, totals, strict=True)}
+    about = " and ".join(f"{name!r}: {metric.about()}" for name, metric in reduced.items())
+    group = next((metric.process_group for metric in reduced.values()), None)
+    totals = sum_tallies_over_ranks([metric.tally for metric in reduced.values()], about, group)
+    tallies = {id(metric): total for metric, total in zip(reduced.values(), totals, strict=True)}
     return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in own.items()}
