@@ -26,6 +26,13 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def place_among_ranks(group: ProcessGroup | None = None) -> list[int]:
+    """Return the number of this rank in a group, or among all, and how many ranks there are."""
+    if not is_distributed():
+        return [0, 1]
+    return [torch.distributed.get_rank(group), torch.distributed.get_world_size(group)]
+
+
 def check_group_of_ranks(name: str, group: Any) -> None:
     """Raise unless a value is None or a group of ranks."""
     if group is not None and not (
