@@ -98,7 +98,7 @@ SIZES = (0, 1, _FIRST - 2, _FIRST - 1, _FIRST, _FIRST + 1, 3 * _FIRST)
 
 
 def sum_vectors(rank: int) -> list[tuple[Any, list[Collective]]]:
-    """Sum vectors around the size of what is exchanged first, one on a group of ranks."""
+    """Sum vectors around the size of what is exchanged first, one on a group of ranks, and one of another size."""
     sums = []
     groups = [dist.new_group([0, 2]), dist.new_group([1])]
     with Collectives() as collectives:
@@ -108,6 +108,8 @@ def sum_vectors(rank: int) -> list[tuple[Any, list[Collective]]]:
             assert torch.equal(x, torch.arange(size) * 2**40 - rank)
         x = torch.tensor([rank])
         sums.append((sum_alike_over_ranks(x, f"{rank % 2}", groups[rank % 2]).tolist(), collectives.taken()))
+        raised = error(lambda: sum_alike_over_ranks(x.new_zeros(600 + rank // 2), "numbers"))
+        sums.append((raised, collectives.taken()))
     return sums
 
 
@@ -119,4 +121,6 @@ def test_vectors_of_any_size_are_summed(tmp_path: Path) -> None:
             assert total == [3 * 2**40 * i - 3 for i in range(size)]
             rest = size - (_FIRST - 1)
             assert [call.num_bytes for call in calls] == ([4096] if rest <= 0 else [4096, 8 * rest])
-        assert sums[-1][0] == ([1] if rank == 1 else [2])
+        assert sums[-2][0] == ([1] if rank == 1 else [2])
+        assert sums[-1][0].startswith("ValueError: `compute` must add up the same")
+        assert len(sums[-1][1]) == 1
