@@ -5,20 +5,32 @@ Everything is `torch.distributed`, looked up when it is called; without a proces
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.utils.data.distributed import DistributedSampler
+
+_FIRST = 512  # Numbers of the first collective of a sum: so few that their bytes cost nothing beside the latency.
+_MARK_BYTES = 4  # Of a hash; sums over 2**31 ranks fit an int64.
 
 
 def is_distributed() -> bool:
     """Return whether there are other ranks."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def place_among_ranks(group: ProcessGroup | None = None) -> list[int]:
+    """Return the number of this rank in a group, or among all, and how many ranks there are."""
+    if not is_distributed():
+        return [0, 1]
+    return [torch.distributed.get_rank(group), torch.distributed.get_world_size(group)]
 
 
 def check_group_of_ranks(name: str, group: Any) -> None:
@@ -37,6 +49,33 @@ def sum_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     total = x.clone()
     torch.distributed.all_reduce(total, op=torch.distributed.ReduceOp.SUM, group=group)
     return total
+
+
+def sum_alike_over_ranks(x: Tensor, about: str, group: ProcessGroup | None = None) -> Tensor:
+    """Return the sum of a vector of int64 over ranks, all of which must say the same about it.
+
+    One collective, of one size whatever the vector, so that vectors of different sizes do not meet; a second one for
+    what does not fit. The host waits for the first.
+
+    Args:
+        x: The vector, of this rank.
+        about: What it holds, in words that all ranks use; an error repeats them.
+        group: The ranks; None for all.
+
+    Raises:
+        ValueError: On every rank, if they say different things, or have different numbers of numbers.
+    """
+    # Ranks with another mark would have to make up for it by chance: one in 2**32.
+    mark = int.from_bytes(blake2b(f"{about} {len(x)}".encode(), digest_size=_MARK_BYTES).digest(), "big")
+    first = torch.cat([x.new_full((1,), mark), x[: _FIRST - 1]])
+    total = sum_over_ranks(F.pad(first, (0, _FIRST - len(first))), group)
+    if int(total[0]) != mark * torch.distributed.get_world_size(group):
+        raise ValueError(
+            f"`compute` must add up the same on every rank, but other ranks do not have what this one has, {about}; "
+            "configure metrics alike on all ranks, and compute them in the same order."
+        )
+    total = total[1 : len(first)]
+    return total if len(first) > len(x) else torch.cat([total, sum_over_ranks(x[_FIRST - 1 :], group)])
 
 
 def max_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

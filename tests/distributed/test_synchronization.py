@@ -27,6 +27,7 @@ from xent_metrics import (
     compute_together,
     num_unpadded_samples,
 )
+from xent_metrics.distributed import _FIRST
 from xent_metrics.tally.tally import GROUP_SIZE, STATE_SIZE
 
 if TYPE_CHECKING:
@@ -157,21 +158,22 @@ def count_collectives(rank: int) -> dict[str, list[Collective]]:
 
 @distributed
 def test_one_collective_for_each_reading(tmp_path: Path) -> None:
-    """`compute` is one sum of 280 bytes (144 more for each group), whatever a rank has in store; an update is nothing.
+    """`compute` is one sum of 4 KiB, whatever a rank has in store, and of what is more a second; an update is nothing.
 
     For comparison, torchmetrics makes a barrier and a gather for each of the two states of its perplexity.
     """
     for calls in run_ranks(2, count_collectives, tmp_path=tmp_path):
         for (when, name), made_calls in calls.items():
             if when in ("compute", "compute again"):
-                assert made_calls == one_sum(STATE_SIZES[name]), name
+                assert made_calls == one_sum(_FIRST), name
             elif when in ("update and forward", "function"):
                 assert made_calls == [], (when, name)
 
-        assert calls["together", "all"] == one_sum(sum(STATE_SIZES.values()))
-        assert calls["together", "collection"] == one_sum(4 * STATE_SIZE)
+        assert calls["together", "all"] == one_sum(_FIRST) + one_sum(1 + sum(STATE_SIZES.values()) - _FIRST)
+        assert calls["together", "collection"] == one_sum(_FIRST)
         assert [call.name for call in calls["torchmetrics", "one"]] == ["barrier", "allgather_"] * 2
         assert [call.name for call in calls["torchmetrics", "three"]] == ["barrier", "allgather_"] * 6
+    assert 8 * _FIRST == 4096
     assert 8 * STATE_SIZE == 280
     assert 8 * GROUP_SIZE == 144
 
@@ -232,8 +234,8 @@ def test_synchronization_options(name: str, tmp_path: Path) -> None:
         assert (
             seen["process_group"] == seen["together in process_group"] == alone(name, rows_of([rank % 2, rank % 2 + 2]))
         )
-        assert seen["collectives in process_group"] == 2 * one_sum(STATE_SIZES[name])
-        assert seen["collectives of forward"] == one_sum(STATE_SIZES[name])
+        assert seen["collectives in process_group"] == 2 * one_sum(_FIRST)
+        assert seen["collectives of forward"] == one_sum(_FIRST)
         assert_close(seen["forward"], everything)
         assert seen["second forward"] == seen["forward"]
         assert seen["after forward"] == alone(name, rows_of([0, 1, 2, 3, 0, 1, 2, 3]))

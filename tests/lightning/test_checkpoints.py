@@ -26,7 +26,7 @@ from tests.lightning.worlds import (
     rows,
     run_ranks,
 )
-from xent_metrics import CrossEntropyReport
+from xent_metrics import CrossEntropy, CrossEntropyReport
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.tally.tally import Tally
 
@@ -251,3 +251,55 @@ def test_an_exception_on_a_single_rank_loses_nothing(tmp_path) -> None:
     [rank] = run_ranks(1, fail, tmp_path, [0], tmp_path=tmp_path)
     scored = epoch_in(tmp_path / "any" / "on_exception.ckpt").totals().scored
     assert scored == num_targets(rank["seen"]["train"])
+
+
+class Measured(Table):
+    """Has a metric of its own that is saved; with the hook its state in a checkpoint is that of all ranks."""
+
+    def __init__(self, hook: bool) -> None:
+        super().__init__("logits")
+        self.metric, self.hook = CrossEntropy(), hook
+        self.metric.persistent(True)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> object:
+        form = super().training_step(batch, batch_idx)
+        self.metric.update(form["logits"].detach(), form["target"])
+        return form
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.hook:
+            with self.metric.sync_context():
+                checkpoint["state_dict"].update(self.metric.state_dict(prefix="metric."))
+
+
+def save_and_load(folder: Path) -> dict[str, Any]:
+    """Train with a metric in the module, and load what was saved on the same ranks."""
+    seen: dict[str, Any] = {}
+    for name, hook in (("hook", True), ("none", False)):
+        module, loaded = Measured(hook), Measured(hook)
+        trainer = make_trainer(folder=folder)
+        trainer.fit(module, loader(16))
+        trainer.save_checkpoint(folder / f"{name}.ckpt")
+        state = torch.load(folder / f"{name}.ckpt", weights_only=True)["state_dict"]
+        try:
+            loaded.load_state_dict(state)
+            seen[name] = loaded.metric.compute().item() if hook else ""
+        except ValueError as error:
+            seen[name] = str(error)
+        seen["value"] = module.metric.compute().item()
+    return seen
+
+
+def test_a_metric_of_the_module_goes_on_with_the_targets_of_all_ranks(tmp_path) -> None:
+    """What the hook saves loads on as many ranks and on one; what rank 0 saves without it, nowhere else."""
+    first, second = run_ranks(2, save_and_load, tmp_path, tmp_path=tmp_path)
+    alone = Measured(hook=True)
+    alone.load_state_dict(torch.load(tmp_path / "hook.ckpt", weights_only=True)["state_dict"])
+    assert first["hook"] == second["hook"] == first["value"] == second["value"] == alone.metric.compute().item()
+    assert first["none"] == ""
+    assert "loads it, 1 of 2, but this one is of rank 0 of 2 alone" in second["none"]
+    state = torch.load(tmp_path / "none.ckpt", weights_only=True)["state_dict"]
+    with pytest.raises(ValueError, match="loads it, 0 of 1, but this one is of rank 0 of 2 alone"):
+        alone.load_state_dict(state)
+    del state["metric.tally"]
+    Measured(hook=True).load_state_dict(state)

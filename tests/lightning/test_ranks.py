@@ -12,7 +12,19 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.lightning.worlds import K, Table, both, loader, logged, make_trainer, own, pooled, rows, run_ranks
+from tests.lightning.worlds import (
+    K,
+    Table,
+    both,
+    loader,
+    logged,
+    make_trainer,
+    messages,
+    own,
+    pooled,
+    rows,
+    run_ranks,
+)
 from xent_metrics.lightning import CrossEntropyMonitor
 
 pytestmark = pytest.mark.distributed
@@ -122,6 +134,81 @@ def test_every_rank_raises_what_one_rank_did_wrong(tmp_path) -> None:
     assert (after_batches, all_batches) == (3, 2)
     assert "8 " in in_training
     assert "8 " in in_validation
+
+
+class Misgrouped(Table):
+    """Returns a group that there is not, or a bad count, in training, on the second rank, in its first batch."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__("mean" if name == "count" else "losses")
+        self.name = name
+
+    def step(self, stage: str, batch: list[torch.Tensor]) -> dict[str, Any]:
+        form = super().step(stage, batch) | {"group": ["web", "code"]}
+        if torch.distributed.get_rank() == 1 and len(self.seen["train"]) == 1:
+            bad = {"name": ["web", "zip"], "missing": ["web", None], "index": [0, 2], "names": "zip"}
+            form |= {"num_tokens": -8} if self.name == "count" else {"group": bad[self.name]}
+        return form
+
+
+BAD_GROUP = "ValueError: `group` must hold names of `groups`, which are ['web', 'code'], or their indices, but "
+SAID = {
+    "name": f"{BAD_GROUP}4 scored targets",  # Rank 1 has the samples 1 and 3, of 3 and 4 targets that are scored.
+    "missing": f"{BAD_GROUP}4 scored targets",
+    "index": f"{BAD_GROUP}4 scored targets",
+    "names": f"{BAD_GROUP}7 scored targets",
+    "count": "ValueError: `weight` must hold finite numbers that are not negative",
+}
+
+
+def fit_misgrouped() -> dict[str, tuple[str, int, list[str]]]:
+    """Fit with one mistake after the other; return what is raised, after how many batches, and the warnings."""
+    seen = {}
+    for name in SAID:
+        module, monitor = Misgrouped(name), CrossEntropyMonitor(groups=None if name == "count" else ["web", "code"])
+        with messages() as said, pytest.raises(ValueError, match="must hold") as caught:
+            make_trainer(monitor, log_every_n_steps=3).fit(module, loader(16))
+        warned = [text for text in said if text.startswith("`group` must hold names")]
+        seen[name] = (f"{caught.typename}: {caught.value}", len(module.seen["train"]), warned)
+    return seen
+
+
+def test_every_rank_raises_what_one_rank_returned(tmp_path) -> None:
+    """A group or a count that one rank cannot know raises on all at the next reading; that rank warns of a name."""
+    first, second = run_ranks(2, fit_misgrouped, tmp_path=tmp_path, timeout=60)
+    for name, start in SAID.items():
+        assert first[name][0] == second[name][0], name
+        assert first[name][0].startswith(start), name
+        assert [rank[name][1] for rank in (first, second)] == [3, 3], name
+        assert first[name][2] == [], name
+        warned = {"name": "got 'zip'; add it", "missing": "got None; add it", "names": "got 'zip'; add it"}.get(name)
+        assert len(second[name][2]) == bool(warned), name
+        assert not warned or warned in second[name][2][0], name
+
+
+class Lopsided(Table):
+    """Groups its targets."""
+
+    def step(self, stage: str, batch: list[torch.Tensor]) -> dict[str, Any]:
+        return super().step(stage, batch) | {"group": 0}
+
+
+def fit_lopsided() -> list[str]:
+    """Fit with groups in another order on the second rank, and with another number of them."""
+    is_second, said = torch.distributed.get_rank() == 1, []
+    for names in (["code", "web"], ["web", "code", "news"]):
+        monitor = CrossEntropyMonitor(groups=names if is_second else ["web", "code"])
+        with pytest.raises(ValueError, match="on every rank") as caught:
+            make_trainer(monitor).fit(Lopsided(), loader(16))
+        said.append(str(caught.value))
+    return said
+
+
+def test_ranks_that_tally_different_things_do_not_add_them_up(tmp_path) -> None:
+    """Groups are added up by their order, so ranks must have the same; all raise, with their own."""
+    first, second = run_ranks(2, fit_lopsided, tmp_path=tmp_path, timeout=60)
+    assert ["groups=['web', 'code']" in text for text in first] == [True, True]
+    assert ["groups=['code', 'web']" in second[0], "groups=['web', 'code', 'news']" in second[1]] == [True, True]
 
 
 def fit_with_dashboards(folder: Path, idle: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torchmetrics import Metric, MetricCollection
@@ -54,20 +55,21 @@ def saved_by(module: nn.Module) -> dict[str, Any]:
 
 @each_case
 def test_one_plain_key(case: Case) -> None:
-    """A state is saved as `tally`, with the version of the format and what decides an update."""
+    """A state is saved as `tally`, with the version of the format, what decides an update, and whose state it is."""
     saved = saved_by(case.filled(*case.batches()))
     assert list(saved) == ["tally"]
-    assert set(saved["tally"]) == {"version", "update", "settings", "state"}
+    assert set(saved["tally"]) == {"version", "update", "settings", "share", "state"}
     assert saved["tally"]["version"] == FORMAT_VERSION
+    assert saved["tally"]["share"] == [0, 1]
 
 
 def test_only_options_that_differ_from_their_defaults_are_saved() -> None:
     """A new option cannot rename old states; what only decides a reading is not saved."""
-    assert saved_by(CrossEntropy(unit="bits", nan_policy="omit", backend="eager"))["tally"]["settings"] == {}
-    assert saved_by(CrossEntropy(ignore_index=0))["tally"]["settings"] == {"ignore_index": 0}
+    assert saved_by(CrossEntropy(unit="bits", nan_policy="omit", backend="eager"))["tally"]["settings"] == []
+    assert saved_by(CrossEntropy(ignore_index=0))["tally"]["settings"] == [["ignore_index", 0]]
     settings = saved_by(CrossEntropy(class_weight=torch.ones(3), label_smoothing=0.1))["tally"]["settings"]
-    assert settings.keys() == {"class_weight", "label_smoothing"}
-    assert saved_by(GroupedCrossEntropy(3))["tally"]["settings"] == {"num_groups": 3}
+    assert [name for name, _ in settings] == ["class_weight", "label_smoothing"]
+    assert saved_by(GroupedCrossEntropy(3))["tally"]["settings"] == [["num_groups", 3]]
 
 
 @pytest.mark.parametrize("parent", ["sequential", "collection", "collection in a module"])
@@ -111,12 +113,34 @@ def test_wrapped_metrics_go_on(wrap: Any) -> None:
     assert numbers(other.compute()) == pytest.approx(numbers(metric.compute()), nan_ok=True, abs=0)
 
 
+@each_case
+def test_a_saved_state_is_merged(case: Case) -> None:
+    """`merge_state` takes what `state_dict` returned, also from a file, and refuses that of another update."""
+    first, *others = case.batches()
+    metric = case.filled(*others)
+    metric.merge_state(saved_by(case.filled(first)))
+    assert bits(metric.compute()) == bits(case.filled(first, *others).compute())
+    with pytest.raises(ValueError, match="`tally` must come from a metric"):
+        metric.merge_state(saved_by(CrossEntropy(ignore_index=77)))
+
+
 def test_distributed_checkpoints() -> None:
     """PyTorch's distributed checkpoints look up what is behind a key, and take plain values beside tensors."""
     model, other = (nn.Sequential(nn.Linear(2, 2), persistent(CrossEntropy())) for _ in range(2))
     model[1].update(torch.randn(3, 5), torch.tensor([0, 1, 2]))
     set_model_state_dict(other, get_model_state_dict(model))
     assert torch.equal(other[1].tally.state, model[1].tally.state)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_distributed_checkpoints_know_the_options(tmp_path: Path) -> None:
+    """They read only what the loading metric has, so what decides an update is one value of it."""
+    metric, other = persistent(CrossEntropy(ignore_index=0)), persistent(CrossEntropy())
+    dcp.save(metric.state_dict(), checkpoint_id=tmp_path)
+    saved = other.state_dict()
+    dcp.load(saved, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="`ignore_index` was 0, and here is -100"):
+        other.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("preset", [False, True])
@@ -188,7 +212,7 @@ def test_metrics_of_split_sequences_are_told_apart() -> None:
     """Ranks that share sequences tally them otherwise than ranks that do not; how many share them is saved."""
     groups = [None, torch.distributed.ProcessGroup(0, 2), torch.distributed.ProcessGroup(1, 2)]
     alone, first, second = (CrossEntropyReport(sequence_group=group) for group in groups)
-    assert saved_by(first)["tally"]["settings"] == {"sequence_group": 2}
+    assert saved_by(first)["tally"]["settings"] == [["sequence_group", 2]]
     second.load_state_dict(saved_by(first))
     second.merge_state(first)
     for one, other in ((alone, first), (first, alone)):
@@ -221,6 +245,35 @@ def test_a_damaged_state_is_refused() -> None:
         CrossEntropy().load_state_dict(saved)
 
 
+def without_share(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a saved state as it was before it said whose it is."""
+    tally = saved["tally"]
+    return {"tally": {name: x for name, x in tally.items() if name != "share"} | {"settings": dict(tally["settings"])}}
+
+
+def test_a_state_that_does_not_say_whose_it_is_loads_in_one_process() -> None:
+    """States once lacked the rank that saved them, and had a dict of settings."""
+    saved = without_share(saved_by(CASES["CrossEntropy-ignore-2"].filled(*CASES["CrossEntropy-ignore-2"].batches())))
+    metric = CASES["CrossEntropy-ignore-2"].metric()
+    metric.load_state_dict(deepcopy(saved))
+    assert torch.equal(metric.tally.state, saved["tally"]["state"])
+    with pytest.raises(ValueError, match="`ignore_index` was 2, and here is -100"):
+        CrossEntropy().load_state_dict(saved)
+
+
+def test_the_state_of_one_rank_of_several_is_refused_alone() -> None:
+    """In one process a state that lacks those of other ranks raises, and can be merged."""
+    metric = CrossEntropy()
+    metric.update(torch.zeros(1, 8), torch.tensor([0]))
+    saved = saved_by(metric)
+    saved["tally"]["share"] = [0, 2]
+    other = CrossEntropy()
+    with pytest.raises(ValueError, match=r"the rank that loads it, 0 of 1, but this one is of rank 0 of 2 alone; save"):
+        nn.Sequential(other).load_state_dict({f"0.{name}": x for name, x in saved.items()})
+    other.merge_state(saved)
+    assert other.compute() == pytest.approx(math.log(8))
+
+
 # What version 0.1.0 saved.
 
 
@@ -237,7 +290,6 @@ def test_states_of_0_1_0_are_converted(old: dict[str, Any], within: str) -> None
     metric = persistent(make_old(old))
     module = nn.Sequential(metric) if within else metric
     module.load_state_dict({within + old["key"]: torch.tensor(old["state"])}, strict=True)
-    metric._update_count = 1  # It is not saved, and without it there would be a warning.
     found = numbers(metric.compute())
     # The first version made intervals with the quantile of a normal distribution.
     expected = {name: x for name, x in numbers(old["computed"]).items() if not name.endswith(("lower", "upper"))}

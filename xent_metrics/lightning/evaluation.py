@@ -58,7 +58,8 @@ class Evaluation:
     def reduce(self, group: ProcessGroup | None) -> list[Tallies]:
         """Return the tallies of each loader, and reduce the histogram too: ranks meet in one collective."""
         parts: list[Any] = [pool.tallies() for pool in self._pools]
+        about = f"{len(parts)} loaders of the {self._step} of {self._reader.about}"
         if self.stats is None:
-            return sum_over_ranks(parts, group)
-        *loaders, [self.stats.histogram] = sum_over_ranks([*parts, (self.stats.histogram,)], group)
+            return sum_over_ranks(parts, about, group)
+        *loaders, [self.stats.histogram] = sum_over_ranks([*parts, (self.stats.histogram,)], about, group)
         return loaders

@@ -176,7 +176,7 @@ class CrossEntropyMonitor(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self._run = RunTallies(self._outputs.zero())
+        self._run = RunTallies(self._outputs.zero(), self._outputs.about)
         self._evaluation = None
         self._repeated = RepeatedSamples()
         self._dashboards.reset()

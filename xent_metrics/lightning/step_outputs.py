@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from xent_metrics._validate import as_num_classes, as_plain, as_token_table, describe, is_integer, is_integral
+from xent_metrics.distributed import is_distributed
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
 from xent_metrics.metrics.batch_tallies import tally_scored, tally_scored_by_group
+from xent_metrics.metrics.saved_state import changed_settings, in_words
 from xent_metrics.tally.accumulate import tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
 
@@ -89,6 +92,8 @@ class OutputReader:
         }
         self.device = torch.device("cpu")
         self.reads_means = False
+        decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
+        self.about = in_words("CrossEntropyMonitor", {**changed_settings(decides), "groups": list(self.groups)})
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""
@@ -179,14 +184,20 @@ class OutputReader:
         """Return the indices of names of groups, in lists nested like the names."""
         if isinstance(group, list | tuple):
             return [self._indices(one) for one in group]
-        if isinstance(group, str):
-            if group not in self.groups:
-                raise ValueError(
-                    f"`group` must hold names of `groups`, which are {list(self.groups)}, got {group!r}; add it to "
-                    "`groups`."
-                )
-            return self.groups.index(group)
-        return group
+        return self._index_of(group) if group is None or isinstance(group, str) else group
+
+    def _index_of(self, name: str | None) -> int:
+        """Return the index of a group; if there is none, raise, or among several ranks return what is no index."""
+        if name in self.groups:
+            return self.groups.index(name)
+        message = (
+            f"`group` must hold names of `groups`, which are {list(self.groups)}, got {name!r}; add it to `groups`."
+        )
+        if not is_distributed():
+            raise ValueError(message)
+        # Other ranks would wait for one that raises here. It is counted, and all raise when it is read, without names.
+        warnings.warn(message, UserWarning, stacklevel=2)
+        return -1
 
 
 def _moved(numbers: Any, device: torch.device) -> Tensor:

@@ -65,7 +65,13 @@ class TaggedReadings:
         for part in (part for tally in tallies for part in tally.cpu().unbind()):
             if isinstance(part, GroupTally):
                 groups = part.totals()
-                check_valid(groups.everything, groups.groupless, kept=False)
+                check_valid(groups.everything, kept=False)
+                if groups.groupless:
+                    raise ValueError(
+                        f"`group` must hold names of `groups`, which are {list(self._outputs.groups)}, or their "
+                        f"indices, but {groups.groupless} scored targets had others; add to `groups`, or ignore the "
+                        "targets."
+                    )
                 readings.append(GroupReading(groups, self._nan_policy))
             else:
                 totals = part.totals()

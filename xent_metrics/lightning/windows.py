@@ -30,9 +30,9 @@ def add_tallies(*several: Tallies) -> Tallies:
     return reduce(lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), several)  # type: ignore[operator]
 
 
-def sum_over_ranks(several: Sequence[tuple[Any, ...]], group: ProcessGroup | None) -> list[Any]:
-    """Sum tuples of tallies over the ranks that hold different data: one collective."""
-    total = iter(sum_tallies_over_ranks([tally for tallies in several for tally in tallies], group))
+def sum_over_ranks(several: Sequence[tuple[Any, ...]], about: str, group: ProcessGroup | None) -> list[Any]:
+    """Sum tuples of tallies over the ranks that hold different data, all of which must say the same about them."""
+    total = iter(sum_tallies_over_ranks([tally for tallies in several for tally in tallies], about, group))
     return [tuple(next(total) for _ in tallies) for tallies in several]
 
 
@@ -90,6 +90,7 @@ class RunTallies:
 
     Args:
         zero: The tallies of no targets.
+        about: What decides them, in words.
 
     Attributes:
         window: What this rank has tallied since the last reduction.
@@ -99,8 +100,9 @@ class RunTallies:
         best: The lowest bits per token of a validation so far; NaN before the first.
     """
 
-    def __init__(self, zero: Tallies) -> None:
+    def __init__(self, zero: Tallies, about: str) -> None:
         self._zero = zero
+        self._about = f"the training window of {about}"
         self.window = Pool(zero)
         self.epoch = self._reduced_not_logged = zero
         self.run_total = self.validated = zero[:1]
@@ -113,7 +115,7 @@ class RunTallies:
 
     def close_window(self, group: ProcessGroup | None) -> Tallies:
         """Reduce the window and start another; return all that has been reduced since the last log point."""
-        [window] = sum_over_ranks([self.window.tallies()], group)
+        [window] = sum_over_ranks([self.window.tallies()], self._about, group)
         self._add(window)
         self.window = Pool(self._zero)
         # What an epoch or a checkpoint has reduced before it was logged belongs to the window that is logged next.
@@ -139,7 +141,7 @@ class RunTallies:
         After an exception only the rank that failed may be here: among several ranks, the window is then left out.
         """
         alone = self.failed and is_distributed()
-        [window] = [self._zero] if alone else sum_over_ranks([self.window.tallies()], group)
+        [window] = [self._zero] if alone else sum_over_ranks([self.window.tallies()], self._about, group)
         tallies = {
             "reduced_not_logged": add_tallies(self._reduced_not_logged, window),
             "epoch": add_tallies(self.epoch, window),

@@ -1,6 +1,5 @@
 """The torchmetrics classes, a module for each quantity: how a batch is tallied, the class, and the functional form."""
 
-from xent_metrics.metrics.base import compute_together
 from xent_metrics.metrics.binary_cross_entropy import BinaryCrossEntropy
 from xent_metrics.metrics.bits_per_byte import BitsPerByte
 from xent_metrics.metrics.bits_per_token import BitsPerToken
@@ -11,6 +10,7 @@ from xent_metrics.metrics.grouped import GroupedCrossEntropy
 from xent_metrics.metrics.normalized import NormalizedCrossEntropy
 from xent_metrics.metrics.perplexity import Perplexity
 from xent_metrics.metrics.report import CrossEntropyReport
+from xent_metrics.metrics.together import compute_together
 
 __all__ = [
     "BinaryCrossEntropy",

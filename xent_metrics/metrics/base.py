@@ -13,71 +13,34 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
 from xent_metrics._validate import as_plain, as_token_table, check_has_values, describe, on_host
-from xent_metrics.distributed import check_group_of_ranks, sum_over_ranks
+from xent_metrics.distributed import check_group_of_ranks, place_among_ranks, sum_alike_over_ranks
 from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.other_names import check_names
-from xent_metrics.metrics.saved_state import changed_settings, name_in_0_1_0, pack, state_name, unpack
+from xent_metrics.metrics.saved_state import (
+    changed_settings,
+    in_words,
+    name_in_0_1_0,
+    pack,
+    part_of_rank,
+    state_name,
+    unpack,
+)
 from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
-from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
+from xent_metrics.tally import GroupTally, Tally
 
 SAVED_AS = "tally"
 """The key of a state in a `state_dict`."""
-
-
-def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
-    """Compute several metrics of this library in one collective, where each `compute` would be one of its own.
-
-    Args:
-        metrics: The metrics by name, the same on every rank; a `MetricCollection` is fine.
-
-    Returns:
-        What `compute` returns, by the same names. The metrics are left as they are.
-
-    Raises:
-        TypeError: If a metric is not of this library.
-        ValueError: If they have different process groups, or synchronize by a function of their own; and whatever
-            their `compute` raises, on every rank.
-
-    >>> from xent_metrics import CrossEntropy, Perplexity
-    >>> metrics = {"train": CrossEntropy(), "val": Perplexity()}
-    >>> for metric in metrics.values():
-    ...     metric.update(torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]))
-    >>> compute_together(metrics)
-    {'train': tensor(2.0794, dtype=torch.float64), 'val': tensor(8.0000, dtype=torch.float64)}
-    """
-    if not isinstance(metrics, Mapping | MetricCollection):
-        raise TypeError(
-            f"`metrics` must be a dict of metrics, or a MetricCollection, got {type(metrics).__name__}; name each of "
-            "them."
-        )
-    named = dict(metrics.items())
-    for name, metric in named.items():
-        if not isinstance(metric, TallyMetric):
-            raise TypeError(
-                f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
-                "itself."
-            )
-    own = {name: metric for name, metric in named.items() if isinstance(metric, TallyMetric)}
-    # By name, since the order of a dict may be another on another rank.
-    reduced = [metric for _, metric in sorted(own.items()) if metric.is_to_be_reduced()]
-    if len({id(metric.process_group) for metric in reduced}) > 1 or any(metric.dist_sync_fn for metric in reduced):
-        raise ValueError(
-            "`metrics` must have one `process_group` and no `dist_sync_fn`, got several; compute them one by one."
-        )
-    totals = sum_tallies_over_ranks([metric.tally for metric in reduced], reduced[0].process_group if reduced else None)
-    tallies = {id(metric): total for metric, total in zip(reduced, totals, strict=True)}
-    return {name: metric.read(tallies.get(id(metric), metric.tally)) for name, metric in own.items()}
 
 
 class TallyMetric(Metric):
@@ -172,7 +135,8 @@ class TallyMetric(Metric):
         """Add a batch and return its own value, in one pass and without waiting for the device.
 
         On the CPU the value has the bits that `compute` would give; elsewhere, and for groups, it is read in floating
-        point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise.
+        point, some 1e-16 off (a standard error 1e-8). It is NaN where `compute` would raise. With
+        `dist_sync_on_step=True` it waits, for the device and for the other ranks, and raises if their metrics differ.
         """
         self._require_unsynced()
         self._check_positional(args)
@@ -212,14 +176,22 @@ class TallyMetric(Metric):
 
         Raises:
             ValueError: If targets or probabilities out of range, or invalid weights or groups, were counted, or
-                non-finite losses under `nan_policy="raise"`, on any rank. The state is kept.
+                non-finite losses under `nan_policy="raise"`, on any rank; if ranks have metrics that are configured
+                differently. The state is kept.
         """
         return self.read(self.tally)
 
     def is_to_be_reduced(self) -> bool:
         """Return whether `compute` would add up the tallies of several ranks."""
+        return bool(self.sync_on_compute and not self._is_synced and self._has_ranks())
+
+    def _has_ranks(self) -> bool:
         available = self.distributed_available_fn
-        return bool(self.sync_on_compute and not self._is_synced and available and available())
+        return bool(available and available())
+
+    def about(self) -> str:
+        """Say what decides the tally, and who raises: ranks that say different things do not add up theirs."""
+        return in_words(type(self).__name__, {**self._settings, "nan_policy": self.nan_policy})
 
     def read(self, tally: Any) -> Any:
         """Return what `compute` returns, and raise as it does, for a tally that was kept elsewhere."""
@@ -244,12 +216,17 @@ class TallyMetric(Metric):
         if dist_sync_fn is not gather_all_tensors:
             super()._sync_dist(dist_sync_fn, process_group)
             return
-        self.tally = self._tally_type(sum_over_ranks(self.tally.state, process_group or self.process_group))
+        state = self.tally.state
+        total = sum_alike_over_ranks(state.flatten(), self.about(), process_group or self.process_group)
+        self.tally = self._tally_type(total.view_as(state))
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
-        """Add the tally of another metric that is configured alike."""
+        """Add the tally of another metric that is configured alike, or what its `state_dict` returned."""
         self._require_unsynced()
         incoming = incoming_state.metric_state if isinstance(incoming_state, TallyMetric) else incoming_state
+        if isinstance(incoming, dict) and SAVED_AS in incoming:
+            options = self._tally_function.__name__, self._update_options(), self._settings
+            incoming = {self._state_name: unpack(incoming[SAVED_AS], *options, self.tally.state)[0]}
         if isinstance(incoming, dict) and self._state_name not in incoming:
             other: Any = list(incoming)
             if isinstance(incoming_state, TallyMetric):
@@ -278,17 +255,22 @@ class TallyMetric(Metric):
         saved = super().state_dict(destination, prefix, keep_vars)
         if prefix + self._state_name in saved:
             state = saved.pop(prefix + self._state_name)
-            saved[prefix + SAVED_AS] = pack(state, self._tally_function.__name__, self._settings)
+            share = [0, 1] if self._is_synced else self._place()
+            saved[prefix + SAVED_AS] = pack(state, self._tally_function.__name__, self._settings, share)
         return saved
 
+    def _place(self) -> list[int]:
+        return place_among_ranks(self.process_group) if self._has_ranks() else [0, 1]
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a saved state; raise ValueError if a metric with another update saved it."""
-        update, decides, own = self._tally_function.__name__, self._update_options(), self.tally.state
+        """Load a saved state; raise ValueError if a metric with another update, or another rank, saved it."""
+        update, decides, own, share = self._tally_function.__name__, self._update_options(), self.tally.state, None
         old_name = name_in_0_1_0(update, decides, own)
         old_keys = [key for key in state_dict if key.startswith(f"{prefix}tally_") and key != prefix + self._state_name]
         state = state_dict.pop(prefix + old_name, None)
         if prefix + SAVED_AS in state_dict:
-            state = unpack(state_dict.pop(prefix + SAVED_AS), update, decides, self._settings, own)
+            saved = state_dict.pop(prefix + SAVED_AS)
+            state, share = unpack(saved, update, decides, self._settings, own)
         elif state is None and old_keys:
             raise ValueError(
                 f"`{SAVED_AS}` must come from a metric with the same options, but version 0.1.0 saved "
@@ -296,10 +278,12 @@ class TallyMetric(Metric):
                 f"{self.options}; load it into a metric that is configured as the one that saved it."
             )
         if state is not None:
+            self._require_unsynced()
+            state = part_of_rank(state, share, self._place())
             if own.is_meta:
                 self.to_empty(device=state.device)  # The metric goes where there are values.
             self._keep(self._tally_type(state.to(self.device)))
-            self._computed = None
+            self._computed, self._update_count = None, max(1, self._update_count)  # Or `compute` would warn.
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -342,9 +326,9 @@ class TallyMetric(Metric):
         self._keep(self.tally + self._looked_at_batch(*args, **kwargs))
 
     def _require_unsynced(self) -> None:
-        """Raise where a batch would be lost, as the tally of all ranks gives way to that of this one."""
+        """Raise where what is added would be lost, as the tally of all ranks gives way to that of this one."""
         if self._is_synced:
-            raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch.")
+            raise TorchMetricsUserError("The metric is synced; call unsync() before adding a batch or loading a state.")
 
     def _looked_at_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Tally a batch; if it is the first one, warn if its scores look like something else."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from hashlib import blake2b
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from xent_metrics._validate import check_has_values, describe
@@ -19,6 +20,9 @@ from xent_metrics.losses.options import BinaryOptions, LossOptions
 
 FORMAT_VERSION = 1
 """Version of what `pack` returns; to be raised when the numbers of a state, or the default of an option, change."""
+
+Share = list[int]
+"""The rank whose state it is, and the number of ranks; `[0, 1]` for the state of all ranks together."""
 
 Settings = dict[str, Any]
 """Names of options that differ from their defaults, and their values: numbers, strings, booleans or None."""
@@ -45,6 +49,11 @@ def changed_settings(decides: Mapping[str, Any]) -> Settings:
     return {name: getattr(value, "item", lambda value=value: value)() for name, value in sorted(settings.items())}
 
 
+def in_words(name: str, settings: Settings) -> str:
+    """Say how something is configured, for ranks to compare and for users to read."""
+    return f"{name} with {', '.join(f'{option}={value!r}' for option, value in settings.items())}"
+
+
 def state_name(update: str, settings: Settings) -> str:
     """Return the name of the attribute for the state.
 
@@ -54,13 +63,17 @@ def state_name(update: str, settings: Settings) -> str:
     return f"tally_{_hash((update, settings))}"
 
 
-def pack(state: Tensor, update: str, settings: Settings) -> dict[str, Any]:
+def pack(state: Tensor, update: str, settings: Settings, share: Share) -> dict[str, Any]:
     """Return what is saved of a state: plain values and a tensor."""
-    return {"version": FORMAT_VERSION, "update": update, "settings": dict(settings), "state": state}
+    # Pairs, since a distributed checkpoint reads of a dict only the keys that the loading metric has.
+    pairs = [[name, value] for name, value in settings.items()]
+    return {"version": FORMAT_VERSION, "update": update, "settings": pairs, "share": share, "state": state}
 
 
-def unpack(saved: Any, update: str, decides: Mapping[str, Any], settings: Settings, own: Tensor) -> Tensor:
-    """Return the state of what `pack` returned.
+def unpack(
+    saved: Any, update: str, decides: Mapping[str, Any], settings: Settings, own: Tensor
+) -> tuple[Tensor, Share | None]:
+    """Return the state of what `pack` returned, and whose it is; None if that is not known.
 
     Args:
         saved: What was saved.
@@ -87,7 +100,7 @@ def unpack(saved: Any, update: str, decides: Mapping[str, Any], settings: Settin
             f"`tally` must come from a metric that updates by `{update}`, got one by `{saved['update']}`; load it into "
             "the class that saved it."
         )
-    theirs, defaults = saved["settings"], {}
+    theirs, defaults = dict(saved["settings"]), {}
     for value in decides.values():
         if isinstance(value, LossOptions | BinaryOptions):
             defaults = _defaults(value)
@@ -104,7 +117,31 @@ def unpack(saved: Any, update: str, decides: Mapping[str, Any], settings: Settin
     state: Tensor = saved["state"]
     if state.shape != own.shape or state.dtype != own.dtype:
         raise ValueError(f"`tally` must hold a state like {describe(own)}, got {describe(state)}; it was damaged.")
-    return state
+    return state, saved.get("share")
+
+
+def part_of_rank(state: Tensor, share: Share | None, place: Share) -> Tensor:
+    """Return what a rank keeps of a saved state, so that all ranks together keep it once.
+
+    Args:
+        state: The state.
+        share: Whose it is. That of all ranks together goes to the first one.
+        place: The rank that loads it, and of how many.
+
+    Raises:
+        ValueError: If it is the state of another rank, or among several ranks if it does not say whose it is. One of
+            no targets is anybody's.
+    """
+    if share == [0, 1]:
+        return state if place[0] == 0 else torch.zeros_like(state)
+    is_alone = share is None and place == [0, 1]
+    if share == place or is_alone or not state.any():
+        return state
+    whose = "does not say of which rank it is" if share is None else f"is of rank {share[0]} of {share[1]} alone"
+    raise ValueError(
+        f"`tally` must be of all ranks, or of the rank that loads it, {place[0]} of {place[1]}, but this one {whose}; "
+        "save the state_dict within `metric.sync_context()`, or pass those of all ranks to `metric.merge_state`."
+    )
 
 
 def name_in_0_1_0(update: str, decides: Mapping[str, Any], own: Tensor) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from xent_metrics import _runtime
 from xent_metrics._validate import describe
-from xent_metrics.distributed import is_distributed, sum_over_ranks
+from xent_metrics.distributed import is_distributed, sum_alike_over_ranks
 from xent_metrics.tally.limbs import FRACTION_BITS, NUM_LIMBS, normalise_in_place, to_float, to_int, to_limbs, units_of
 
 if TYPE_CHECKING:
@@ -267,11 +267,13 @@ class _Summable(Protocol):
 AnyTally = TypeVar("AnyTally", bound=_Summable)
 
 
-def sum_tallies_over_ranks(tallies: Sequence[AnyTally], group: ProcessGroup | None = None) -> list[AnyTally]:
-    """Add up each of several tallies over the ranks of a group, or of all, in one collective."""
+def sum_tallies_over_ranks(
+    tallies: Sequence[AnyTally], about: str, group: ProcessGroup | None = None
+) -> list[AnyTally]:
+    """Add up each of several tallies over the ranks of a group, or of all; see `sum_alike_over_ranks`."""
     if not tallies or not is_distributed():
         return list(tallies)
-    packed = sum_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), group)
+    packed = sum_alike_over_ranks(torch.cat([tally.state.flatten() for tally in tallies]), about, group)
     parts = packed.split([tally.state.numel() for tally in tallies])
     make: Any = type
     return [make(tally)(part.view_as(tally.state)) for tally, part in zip(tallies, parts, strict=True)]
