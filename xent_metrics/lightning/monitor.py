@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.callback_base import Callback
 from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
 from xent_metrics.lightning.evaluation import Evaluation
@@ -28,6 +29,7 @@ from xent_metrics.lightning.trainer import (
     is_log_point,
     log_epoch_values,
     log_step_values,
+    reduce_what_is_pending,
     saved_hparams,
 )
 from xent_metrics.lightning.windows import RunTallies
@@ -187,12 +189,20 @@ class CrossEntropyMonitor(Callback):
         return self._generate_state_key(**self._configuration)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
+        """Return the tallies of the training epoch as far as this rank knows them, without asking another.
 
-        After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
-        log point is then left out.
+        Among several ranks, what was tallied since the last log point is left out; `on_save_checkpoint` adds it.
         """
-        return self._run.state_dict(self._group)
+        return self._run.state_dict()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the state in a checkpoint be that of all ranks, which meet in one collective.
+
+        After an exception only the rank that failed may be here, so nobody is asked.
+        """
+        if is_distributed() and not self._run.failed:
+            reduce_what_is_pending(trainer)
+            checkpoint["callbacks"][self.state_key] = self._run.state_dict_of_all_ranks(self._group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied.
@@ -252,6 +262,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
+        reduce_what_is_pending(trainer)
         self._run.close_window(self._group)
         values = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
         self._log_epoch(trainer, pl_module, values, "train")
@@ -283,6 +294,7 @@ class CrossEntropyMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
         assert self._evaluation is not None
+        reduce_what_is_pending(trainer)
         values, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
         if not trainer.sanity_checking:
             self._run.validated = total
@@ -315,6 +327,7 @@ class CrossEntropyMonitor(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
         assert self._evaluation is not None
+        reduce_what_is_pending(trainer)
         values, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
         self._log_epoch(trainer, pl_module, values, "test")
 

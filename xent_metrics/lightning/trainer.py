@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xent_metrics.distributed import is_distributed
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
     from torch.distributed import ProcessGroup
@@ -19,12 +21,15 @@ def current_step(trainer: Trainer) -> int:
 
 
 def is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Return whether Lightning writes step values after this batch, by the rule of its own loop."""
+    """Return whether Lightning writes step values after this batch, by the rule of its own loop.
+
+    Among several ranks, whether the run is about to stop is not asked: a callback or a signal may have told only some.
+    """
     loop: Any = trainer.fit_loop
     if loop._should_accumulate() and pl_module.automatic_optimization:
         return False
     settings: Any = trainer  # Set by Lightning's connectors, where type checkers do not see them.
-    if settings.fast_dev_run or trainer.should_stop:
+    if settings.fast_dev_run or (trainer.should_stop and not is_distributed()):
         return True
     every: int = settings.log_every_n_steps
     return bool(every > 0 and (loop.epoch_loop._batches_that_stepped + 1) % every == 0)
@@ -37,6 +42,16 @@ def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
         return None
     group: ProcessGroup = mesh["data_parallel"].get_group()
     return group
+
+
+def reduce_what_is_pending(trainer: Trainer) -> None:
+    """Let this rank reduce whatever was logged for an epoch and has not been reduced; all ranks call this.
+
+    Lightning reduces such values when somebody first reads them. A progress bar does so on the first rank only, which
+    then waits there for the others: they have to read too before they meet in any other collective.
+    """
+    if is_distributed():
+        _ = trainer.callback_metrics
 
 
 def log_step_values(trainer: Trainer, values: dict[str, float]) -> None:

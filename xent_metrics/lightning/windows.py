@@ -133,13 +133,16 @@ class RunTallies:
         self.epoch = add_tallies(self.epoch, window)
         self.run_total = add_tallies(self.run_total, window[:1])
 
-    def state_dict(self, group: ProcessGroup | None) -> dict[str, Any]:
-        """Return the tallies of all ranks, the window included; the ranks meet in one collective.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tallies of all ranks; among several ones, without the window."""
+        return self._state_dict(self._zero if is_distributed() else self.window.tallies())
 
-        After an exception only the rank that failed may be here: among several ranks, the window is then left out.
-        """
-        alone = self.failed and is_distributed()
-        [window] = [self._zero] if alone else sum_over_ranks([self.window.tallies()], group)
+    def state_dict_of_all_ranks(self, group: ProcessGroup | None) -> dict[str, Any]:
+        """Return the tallies of all ranks, the window included; the ranks meet in one collective."""
+        [window] = sum_over_ranks([self.window.tallies()], group)
+        return self._state_dict(window)
+
+    def _state_dict(self, window: Tallies) -> dict[str, Any]:
         tallies = {
             "reduced_not_logged": add_tallies(self._reduced_not_logged, window),
             "epoch": add_tallies(self.epoch, window),
