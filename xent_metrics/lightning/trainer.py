@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from xent_metrics.distributed import is_distributed
 
 if TYPE_CHECKING:
@@ -44,41 +42,6 @@ def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
     return group
 
 
-def reduce_what_is_pending(trainer: Trainer) -> None:
-    """Let this rank reduce whatever was logged for an epoch and has not been reduced; all ranks call this.
-
-    Lightning reduces such values when somebody first reads them. A progress bar does so on the first rank only, which
-    then waits there for the others: they have to read too before they meet in any other collective.
-    """
-    if is_distributed():
-        _ = trainer.callback_metrics
-
-
-def log_step_values(trainer: Trainer, values: dict[str, float]) -> None:
-    """Give step values to the loggers as Lightning's own monitors do, at the step that it writes at.
-
-    `self.log` would copy every value to the device and back, and write a window again if it decides to write after a
-    batch that was no log point here.
-    """
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=current_step(trainer))
-    trainer.callback_metrics.update(_as_tensors(values))
-
-
-def log_epoch_values(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log values of an epoch that are the same on all ranks; Lightning monitors them, and returns them."""
-    if not trainer.barebones:  # Lightning would warn about every name.
-        # The last two arguments together reduce nothing, and draw no advice to reduce the values once more.
-        pl_module.log_dict(
-            _as_tensors(values), batch_size=1, add_dataloader_idx=False, sync_dist=True, rank_zero_only=True
-        )
-
-
-def _as_tensors(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    # Lightning would round floats to float32, and copy them to the device.
-    return {tag: torch.tensor(value, dtype=torch.float64, device="cpu") for tag, value in values.items()}
-
-
 def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return how long a run was, on what it ran, and its hyperparameters."""
     return {
@@ -95,12 +58,16 @@ def saved_hparams(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
     sources: list[Any] = [getattr(trainer, "datamodule", None), pl_module]
     logged = [source.hparams_initial for source in sources if getattr(source, "_log_hyperparams", False)]
     saved = {str(name): value for hparams in logged for name, value in hparams.items()}
+    return flatten(saved)
+
+
+def flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return hyperparameters in mappings within mappings, under their names joined by slashes."""
     # Names with an underscore are notes of Lightning's to itself.
-    return _flatten({name: value for name, value in saved.items() if not name.startswith("_")})
+    return _flatten({name: value for name, value in nested.items() if not str(name).startswith("_")})
 
 
 def _flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the values in mappings within mappings, under their names joined by slashes."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         within = _flatten(value) if isinstance(value, Mapping) else None
