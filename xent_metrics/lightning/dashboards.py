@@ -71,7 +71,7 @@ class Dashboards:
         self._undrawn: ValidationStats | None = None
         self._history: list[ValidationPoint] = []
         self._last_logged: dict[str, dict[str, float]] = {}
-        self._hparams_written = False
+        self._hparams_due = False
 
     def attach(self, loggers: Sequence[Any], writes: bool, has_hparams: bool) -> None:
         """Find the TensorBoard loggers among all loggers of the Trainer.
@@ -94,7 +94,8 @@ class Dashboards:
                 "`dashboards` has 'pictures', which need matplotlib: install it, or leave them out.", UserWarning
             )
             parts -= {"pictures"}
-        if has_hparams and "hparams" in parts:
+        self._hparams_due = has_hparams and "hparams" in parts
+        if self._hparams_due:
             _give_way(self._loggers)
         # A logger that is attached again goes on with its dashboard, which knows the tags that it has described.
         known = {id(dashboard.writer): dashboard for dashboard in self._dashboards}
@@ -123,14 +124,14 @@ class Dashboards:
             logged: All tags that have been logged. `hp_metric`, which Lightning reserves for one of the module's own,
                 is a column if it is there.
         """
-        if self._hparams_written or "hparams" not in self.parts:
+        if not self._hparams_due:
             return
-        self._hparams_written = True
+        self._hparams_due = False
         columns = [*tags, *(tag for tag in ("hp_metric",) if tag in logged)]
         for dashboard in self._dashboards:
             # What the user gave to the logger, and what the module has saved, which Lightning gives to it.
             logger = next(logger for logger in self._loggers if logger.experiment is dashboard.writer)
-            dashboard.log_hparams(flatten(logger.hparams), columns)
+            dashboard.log_hparams(flatten(getattr(logger, "hparams", {})), columns)
 
     def on_window_logged(self, values: Mapping[str, float], step: int) -> None:
         """Describe and overlay the values of a training window, before they are logged."""
@@ -265,7 +266,7 @@ def _compute_references(stats: ValidationStats, group: ProcessGroup | None) -> d
 def _give_way(loggers: Sequence[Any]) -> None:
     """Let no logger write a row of Lightning's own, whose only column is a curve of -1."""
     for logger in loggers:
-        if logger._default_hp_metric and logger.hparams:
+        if logger._default_hp_metric and getattr(logger, "hparams", None):
             rank_zero_warn(
                 "`dashboards` has 'hparams', but `log_hyperparams` was called before the run, and TensorBoard shows "
                 "what came first: `hp_metric`, which is -1, and no values of the run; pass `default_hp_metric=False` "

@@ -227,11 +227,11 @@ class CrossEntropyMonitor(Callback):
             )
         self._outputs.to(trainer.strategy.root_device)
         self._group = data_parallel_group(trainer)
-        self._dashboards.attach(trainer.loggers, trainer.is_global_zero, has_hparams=stage in ("fit", "validate"))
         if stage == "fit":  # Lightning loads the state of a checkpoint after this.
             self._reset()
         elif stage == "validate":
             self._dashboards.reset()  # It may be of other data, or of another trainer.
+        self._dashboards.attach(trainer.loggers, trainer.is_global_zero, has_hparams=stage in ("fit", "validate"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Close what was opened."""

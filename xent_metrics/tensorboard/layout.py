@@ -63,7 +63,8 @@ def build_layout(
             _add_lines(category, f"{name}: validation loaders", [any_loader])
         if groups:
             names = "|".join(map(re.escape, groups))
-            for stage, words in (("val", "validation"), ("train", "training")):
+            # Groups have no points of epochs.
+            for stage, words in (("val", "validation"), *((("train", "training"),) if windows else ())):
                 any_group = Tag(stage, name, "group", f"({names})").text(re.escape(prefix))
                 _add_lines(category, f"{name}: groups in {words}", [any_group])
     return layout_pb2.Layout(category=[category])
