@@ -1,6 +1,15 @@
-"""Names of the logged values. A tag is `{prefix}{stage}/{name}`, then a suffix or the loader or group that it is of."""
+"""Names of the logged values.
+
+The tag of all targets of a stage is `{prefix}{stage}/{name}`, that of a group is
+`{prefix}{stage}_by_group/{name}/{group}`, and that of a loader `{prefix}{stage}_by_loader/{name}/dataloader_idx_{i}`.
+So no tag is a folder of another: MLflow keeps a file for each tag, and a file is no folder. TensorBoard shows each of
+the three as a section.
+"""
 
 from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
 
 from xent_metrics.reading_info import READINGS
 
@@ -18,3 +27,48 @@ BOUNDS = tuple(f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower",
 
 BEST, UNIFORM, UNIGRAM = "best_bits_per_token", "uniform_bits_per_token", "unigram_bits_per_token"
 """The lowest validation so far, and two reference lines; of validations only."""
+
+ENDS = ("", "_epoch")
+"""What follows the name of a reading of training: nothing for one within an epoch, `_epoch` for one of all of it."""
+
+STAGES = ("train", "val", "test")
+"""The stages of a run."""
+
+
+class Tag(NamedTuple):
+    """What a tag is of.
+
+    Attributes:
+        stage: One of `STAGES`.
+        name: The name of a reading, with `_epoch` where it is of an epoch of training.
+        by: What the targets are divided by; None for all of them.
+        part: The name of a group, or `dataloader_idx_{i}`.
+    """
+
+    stage: str
+    name: str
+    by: Literal["group", "loader"] | None = None
+    part: str = ""
+
+    def text(self, prefix: str = "") -> str:
+        """Return the tag as it is logged.
+
+        >>> Tag("val", "perplexity").text(), Tag("val", "perplexity", "loader", "dataloader_idx_0").text()
+        ('val/perplexity', 'val_by_loader/perplexity/dataloader_idx_0')
+        """
+        return "/".join((f"{prefix}{self.section}", self.name, *([self.part] if self.by else [])))
+
+    @property
+    def section(self) -> str:
+        """What stands before the name: the section of TensorBoard that shows the tag, unless there is a prefix."""
+        return self.stage if self.by is None else f"{self.stage}_by_{self.by}"
+
+
+def parse_tag(text: str, prefix: str = "") -> Tag | None:
+    """Return what a tag is of; None if it cannot be ours."""
+    stages = "|".join(STAGES)
+    found = re.fullmatch(rf"({stages})(?:/([^/]+)|_by_(group|loader)/([^/]+)/([^/]+))", text.removeprefix(prefix))
+    if not found or not text.startswith(prefix):
+        return None
+    stage, name, by, name_of_part, part = found.groups()
+    return Tag(stage, name) if by is None else Tag(stage, name_of_part, by, part)  # type: ignore[arg-type]  # As matched.

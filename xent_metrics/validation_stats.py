@@ -218,10 +218,20 @@ def write_page(
         kept = [(token, loss) for token, loss, use in zip(row, costs, uses, strict=True) if use]
         for token, _ in kept:
             if token not in known:
-                known[token] = f"{token} " if decode is None else str(decode([token]))
+                known[token] = f"{token} " if decode is None else _decoded(token, decode)
         page.texts.append([known[token] for token, _ in kept])
         page.bits.append([loss / math.log(2) for _, loss in kept])
     return page
+
+
+def _decoded(token: int, decode: Decode) -> str:
+    try:
+        return str(decode([token]))
+    except Exception as error:
+        raise ValueError(
+            f"`decode` must turn a list of one token into text, but for [{token}] it raised {type(error).__name__}: "
+            f"{error}; mend it, or pass None to see numbers"
+        ) from error
 
 
 def unigram_bits(counts: Sequence[int]) -> float:

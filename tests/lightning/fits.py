@@ -267,7 +267,7 @@ class Expected:
         self.add(stage, step, readings(whole) | (bounds(whole) if interval else {}))
         if len(by_loader) > 1:
             for i, batches in by_loader.items():
-                self.add(stage, step, readings(batches), f"/dataloader_idx_{i}")
+                self.add(f"{stage}_by_loader", step, readings(batches), f"/dataloader_idx_{i}")
         return self
 
     def validations(self, evaluations: list[dict[int, list[Scored]]], *steps: int, interval: bool = True) -> Expected:

@@ -79,6 +79,14 @@ def test_two_monitors_of_one_prefix_are_refused(tmp_path) -> None:
         make_trainer(tmp_path, CrossEntropyMonitor(), CrossEntropyMonitor(second_head))
 
 
+@pytest.mark.parametrize("prefix", ["a b", "a//", "/a", "../", "b/./", 3, None])
+def test_a_prefix_that_some_logger_refuses_is_refused_at_once(prefix) -> None:
+    """MLflow takes no path that could be written in another way."""
+    with pytest.raises(ValueError, match=r"`prefix` must be a path of letters, digits, .* got "):
+        CrossEntropyMonitor(prefix=prefix)
+    assert CrossEntropyMonitor(prefix="a.b/c/d-").prefix == "a.b/c/d-"
+
+
 def apart(gap: float) -> Any:
     """Return a function that makes a validation's cross-entropy so many nats: the target's logit is lower by it."""
 

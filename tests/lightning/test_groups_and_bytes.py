@@ -95,7 +95,7 @@ def test_every_group_reads_its_own_targets(tmp_path, form, grouping) -> None:
     expected.validations(module.evaluations[:1], 6).evaluation("test", 7, {0: test})
     for stage, step, batches in (("train", 6, module.train_batches), ("val", 6, val), ("test", 7, test)):
         for name, group in zip(GROUPS, grouped_reference(batches, grouping), strict=False):
-            expected.add(stage, step, readings(group), f"/{name}")
+            expected.add(f"{stage}_by_group", step, readings(group), f"/{name}")
     assert_points(logged(trainer), expected.points)
 
 
@@ -107,7 +107,7 @@ def test_groups_of_several_loaders_are_read_together(tmp_path) -> None:
     [by_loader] = module.evaluations
     expected = Expected().evaluation("val", 0, by_loader)
     for name, group in zip(GROUPS, grouped_reference(by_loader[0] + by_loader[1], "sequences"), strict=False):
-        expected.add("val", 0, readings(group), f"/{name}")
+        expected.add("val_by_group", 0, readings(group), f"/{name}")
     assert_points(logged(trainer), expected.points)
 
 
@@ -118,7 +118,7 @@ def test_a_vector_of_groups_of_square_targets_is_one_for_each_sequence(tmp_path)
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(groups=GROUPS))
     trainer.validate(module, loader, verbose=False)
     for name, group in zip(GROUPS, grouped_reference(module.evaluations[0][0], "sequences"), strict=False):
-        assert monitored(trainer)[f"val/cross_entropy/{name}"] == pytest.approx(
+        assert monitored(trainer)[f"val_by_group/cross_entropy/{name}"] == pytest.approx(
             readings(group)["cross_entropy"], rel=1e-6
         )
 
@@ -129,7 +129,7 @@ def test_groups_of_shifted_labels_are_shifted_with_them(tmp_path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(groups=GROUPS, shift=True))
     trainer.validate(module, ragged_loader(3), verbose=False)
     for name, group in zip(GROUPS, grouped_reference(module.evaluations[0][0], "targets"), strict=False):
-        assert monitored(trainer)[f"val/cross_entropy/{name}"] == pytest.approx(
+        assert monitored(trainer)[f"val_by_group/cross_entropy/{name}"] == pytest.approx(
             readings(group)["cross_entropy"], rel=1e-6
         )
 
@@ -169,7 +169,7 @@ def test_every_target_may_have_a_name(tmp_path) -> None:
     module, trainer = Model(adapt=names), make_trainer(tmp_path, CrossEntropyMonitor(groups=GROUPS))
     trainer.validate(module, ragged_loader(3), verbose=False)
     for name, group in zip(GROUPS, grouped_reference(module.evaluations[0][0], "targets"), strict=False):
-        assert monitored(trainer)[f"val/cross_entropy/{name}"] == pytest.approx(
+        assert monitored(trainer)[f"val_by_group/cross_entropy/{name}"] == pytest.approx(
             readings(group)["cross_entropy"], rel=1e-6
         )
 
@@ -194,6 +194,7 @@ def test_a_form_without_its_group_is_told_so(tmp_path, form) -> None:
         (["even", "even"], "must be a list of different names"),
         (["an even one"], "names of letters, digits.* got 'an even one'; rename it"),
         (["a/b"], "got 'a/b'; rename it"),
+        ([".."], "got '..'; rename it"),
         (["dataloader_idx_0"], "got 'dataloader_idx_0'; rename it"),
         ([0, 1], "got 0; rename it"),
     ],
@@ -242,7 +243,8 @@ def test_bits_per_byte_are_all_bits_over_all_bytes(tmp_path, form, given) -> Non
     expected.add("train", 6, {"bits_per_byte": bits_per_byte(batches)}, "_epoch")
     expected.add("val", 6, {"bits_per_byte": bits_per_byte(by_loader[0] + by_loader[1])})
     for i in range(2):
-        expected.add("val", 6, {"bits_per_byte": bits_per_byte(by_loader[i])}, f"/dataloader_idx_{i}")
+        values = {"bits_per_byte": bits_per_byte(by_loader[i])}
+        expected.add("val_by_loader", 6, values, f"/dataloader_idx_{i}")
     assert_points(logged(trainer), expected.points)
 
 
@@ -254,7 +256,8 @@ def test_groups_have_their_own_bits_per_byte(tmp_path) -> None:
     [batches] = module.evaluations[0].values()
     expected = Expected().evaluation("val", 0, {0: batches}).add("val", 0, {"bits_per_byte": bits_per_byte(batches)})
     for name, group in zip(GROUPS, grouped_reference(batches, "targets"), strict=False):
-        expected.add("val", 0, readings(group) | {"bits_per_byte": bits_per_byte(group)}, f"/{name}")
+        values = readings(group) | {"bits_per_byte": bits_per_byte(group)}
+        expected.add("val_by_group", 0, values, f"/{name}")
     assert_points(logged(trainer), expected.points)
 
 

@@ -229,7 +229,7 @@ def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatc
     factor = 3 if arguments == "extract" else 1
     expected = factor * readings(first.model.evaluations[0][0])["cross_entropy"]
     assert points[f"{given.get('prefix', '')}val/cross_entropy"] == [(6, pytest.approx(expected, rel=1e-6))]
-    assert ("val/cross_entropy/odd" in points) == bool(given.get("groups"))
+    assert ("val_by_group/cross_entropy/odd" in points) == bool(given.get("groups"))
     assert ("val/bits_per_byte" in points) == bool(given.get("token_bytes"))
 
     saved["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "second")

@@ -107,7 +107,7 @@ def test_ranks_log_the_same_bits_once(everything) -> None:
     folder, ranks = everything
     expected = {f"train/{name}{suffix}" for name in READINGS for suffix in ("", "_epoch")}
     expected |= {f"val/{name}" for name in (*READINGS, *BOUNDS, "best_bits_per_token")}
-    expected |= {f"val/{name}/dataloader_idx_{i}" for name in READINGS for i in range(2)}
+    expected |= {f"val_by_loader/{name}/dataloader_idx_{i}" for name in READINGS for i in range(2)}
     assert set(ranks[0]["metrics"]) == expected
     assert ranks[0]["metrics"] == ranks[1]["metrics"]
     assert len(list(folder.glob("events*"))) == 1

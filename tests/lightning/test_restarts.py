@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from tests.lightning.fits import (
     NUM_TRAIN,
@@ -137,22 +141,75 @@ def test_a_state_of_this_version_and_one_of_0_1_0_load_as_the_same(tmp_path, opt
 def test_a_state_that_cannot_be_loaded_says_why_and_changes_nothing(tmp_path) -> None:
     """Of another version, incomplete, or of other groups or bytes."""
     state, plain = state_of_a_fit(tmp_path / "one"), CrossEntropyMonitor()
+    floats, numbers = ({**state["tallies"], "epoch": [x]} for x in (state["tallies"]["epoch"][0].float(), [1]))
     without_epoch = {name: each for name, each in state["tallies"].items() if name != "epoch"}
     for message, wrong in {
         r"of version 1.* got version 2; load it with the release": state | {"version": 2},
         r"of version 1.* got version None": {},
         r"got version None; ": {"earlier": [], "epoch": [], "best": 0.0},
-        r"got none of \['best_bits_per_token'\]": {"version": 1, "tallies": state["tallies"]},
-        r"got none of \['tallies'\]": {"version": 1, "best_bits_per_token": 0.0},
+        r"got none of \['best_bits_per_token'\]": {"version": 1, "groups": [], "tallies": state["tallies"]},
+        r"got none of \['tallies'\]": {"version": 1, "groups": [], "best_bits_per_token": 0.0},
+        r"got none of \['groups'\]": {name: value for name, value in state.items() if name != "groups"},
         r"got none of \['tallies.epoch'\]": state | {"tallies": without_epoch},
+        r"tallies of shapes .* got \['list'\]": state | {"tallies": numbers},
+        r"tallies of shapes .* got \[\(\(\d+,\), torch.float32\)\]": state | {"tallies": floats},
     }.items():
         with pytest.raises(ValueError, match=f"`state_dict` must .*{message}"):
             plain.load_state_dict(wrong)
     other = state_of_a_fit(tmp_path / "other", groups=["even", "odd"])
-    for options in ({}, {"groups": ["even", "odd", "more"]}, {"token_bytes": [1] * K}):
-        with pytest.raises(ValueError, match=r"`state_dict` must hold tallies of shapes .* with the `groups` and the"):
-            CrossEntropyMonitor(**options).load_state_dict(other)
-    for options in ({"groups": ["even", "odd"]}, {"token_bytes": [1] * K}):
+    for groups in ([], ["even", "odd", "more"], ["odd", "even"]):  # In another order, tallies have the same shapes.
+        with pytest.raises(ValueError, match=r"must be of the groups .* in this order, got \['even', 'odd'\]"):
+            CrossEntropyMonitor(groups=groups or None).load_state_dict(other)
+    for saved, groups in ((state, None), (other, ["even", "odd"])):
         with pytest.raises(ValueError, match=r"tallies of shapes \[.*\] as 'reduced_not_logged', got \["):
-            CrossEntropyMonitor(**options).load_state_dict(state)
+            CrossEntropyMonitor(groups=groups, token_bytes=[1] * K).load_state_dict(saved)
     assert not any(tally.any() for tallies in plain.state_dict()["tallies"].values() for tally in tallies)
+
+
+class Copies(Callback):
+    """Copies the monitor in the middle of a window."""
+
+    def __init__(self, monitor: CrossEntropyMonitor) -> None:
+        self.monitor = monitor
+        self.states: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        copied = copy.deepcopy(self.monitor)
+        assert not hasattr(copied, "log")  # The module's own, which would be copied along.
+        self.states.append((copied.state_dict(), self.monitor.state_dict()))
+
+
+def test_a_monitor_can_be_copied_in_the_middle_of_a_window(tmp_path) -> None:
+    """Also where steps return losses with their graph, of which nothing is kept."""
+    graphs = []
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        assert outputs["losses"].requires_grad
+        assert not [number for number, graph in enumerate(graphs) if graph() is not None]
+        node = outputs["losses"].grad_fn
+        node.metadata["alive"] = Model()  # Lives as long as the graph; anything that can be referred to weakly.
+        graphs.append(weakref.ref(node.metadata["alive"]))
+        return outputs
+
+    monitor = CrossEntropyMonitor()
+    copies = Copies(monitor)
+    trainer = make_trainer(tmp_path, monitor, copies, max_epochs=1, log_every_n_steps=4)
+    trainer.fit(Model(adapt=adapt), ragged_loader(NUM_TRAIN))
+    assert len(copies.states) == NUM_TRAIN
+    for copied, own in copies.states:
+        for name, tallies in own["tallies"].items():
+            assert all(map(torch.equal, copied["tallies"][name], tallies)), name
+    assert any(tally.any() for tally in copies.states[2][0]["tallies"]["reduced_not_logged"])
+
+
+def test_fits_that_fail_leave_no_threads(tmp_path) -> None:
+    """Lightning does not call `teardown` after an exception, and each overlaid run has a thread that writes."""
+    before = threading.active_count()
+    for i in range(3):
+        monitor, logger = CrossEntropyMonitor(dashboards=["overlay"]), TensorBoardLogger(tmp_path, version=i)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            make_trainer(tmp_path, monitor, Fails(), logger=logger).fit(
+                Model(), ragged_loader(NUM_TRAIN), ragged_loader(3, seed=2)
+            )
+        assert sorted(path.name for path in Path(logger.log_dir).iterdir() if path.is_dir()) == ["train", "val"]
+    assert threading.active_count() == before

@@ -95,7 +95,7 @@ class Recorder(Callback):
 
 def floats(metrics: dict[str, Any]) -> dict[str, float]:
     """Copy values, as long as they are what they are."""
-    return {tag: value.item() for tag, value in metrics.items()}
+    return {tag: float(value) for tag, value in metrics.items()}
 
 
 def runs_and_slow_ones() -> Iterator[Any]:
@@ -157,10 +157,12 @@ def test_every_value_is_pooled_and_logged_once(tmp_path, form, precision, accumu
     for number, seen in enumerate(recorder.train_batches, 1):
         assert_latest(seen, max((step for end, step in windows if end <= number), default=-1), WINDOWS)
     for (_, step), at_validation, at_end in zip(ends, recorder.validations, recorder.train_epochs, strict=True):
-        assert_latest(at_validation, step, "val/")
-        assert_latest(at_end, step, "train/|val/")
-    for seen in (floats(trainer.callback_metrics), *tested):
-        assert set(seen) == {tag for tag in expected.points if tag.startswith("test/")}
-        assert_latest(seen, last_step, "test/")
+        assert_latest(at_validation, step, "val")
+        assert_latest(at_end, step, "train|val")
+    assert_latest(floats(trainer.callback_metrics), last_step, "test")
     assert len(tested) == len(test)
+    for i, returned in enumerate(tested):  # Those of all loaders, and of the loader itself.
+        assert {tag for tag in returned if not re.match(f"test/|test_by_loader/.*_{i}$", tag)} == set()
+        assert len(returned) == sum(bool(re.match(f"test/|test_by_loader/.*_{i}$", tag)) for tag in expected.points)
+        assert floats(returned).items() <= floats(trainer.callback_metrics).items()
     assert trainer.progress_bar_metrics == {}

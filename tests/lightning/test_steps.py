@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import UserDict
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,9 +23,12 @@ from tests.lightning.fits import (
     ragged_batches,
     ragged_loader,
     readings,
+    with_all,
 )
-from tests.lightning.monitored import NAMES, logged, monitored, tagged
+from tests.lightning.monitored import NAMES, NUM_BYTES, logged, monitored, tagged
 from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning.flattened_targets import FlattenedTargets
+from xent_metrics.lightning.step_outputs import OutputReader
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
@@ -204,3 +209,98 @@ def test_an_extract_that_returns_no_form_is_told_the_three(tmp_path) -> None:
     message = r"`extract`, called after test_step, must return .*\{\"loss\": .*, got \['nll'\]"
     with pytest.raises(ValueError, match=message):
         trainer.test(Model(), ragged_loader(3), verbose=False)
+
+
+def flattened(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+    """Return what somebody returns who flattens before the loss."""
+    return {"loss": outputs["loss"], "losses": outputs["losses"].flatten(), "target": outputs["target"].flatten()}
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_targets_that_were_flattened_are_told_once(tmp_path, run) -> None:
+    """Each token would be a sequence of its own, and the interval too narrow."""
+    module, trainer = Model(adapt=flattened), make_trainer(tmp_path, CrossEntropyMonitor())
+    loaders = [ragged_loader(3)] * {"fit": 2, "test": 1}[run]
+    with pytest.warns(UserWarning, match=r"must return targets with a row for each sample, got 8 in one row") as told:
+        getattr(trainer, run)(module, *loaders)
+    assert sum("a row for each sample" in str(warning.message) for warning in told) == 1
+
+
+@pytest.mark.parametrize("batch", [(torch.zeros(6, 3), torch.arange(6)), {"x": torch.zeros(6, 1), "n": 6}, [], "text"])
+def test_a_target_a_sample_is_not_flattened(recwarn, batch) -> None:
+    """A classifier draws samples, and where nobody knows how many there are nothing is said."""
+    outputs = OutputReader(None, -1, None, False, None, None, None, "auto").read(
+        "validation_step", {"logits": torch.zeros(6, 4), "target": torch.zeros(6, dtype=torch.int64)}, batch
+    )
+    FlattenedTargets().warn_of("validation_step", outputs, batch)
+    assert not recwarn.list
+
+
+def test_a_batch_that_is_a_mapping_of_its_own_has_its_size(recwarn) -> None:
+    """As those of tokenizers are."""
+    target = torch.zeros(12, dtype=torch.int64)
+    outputs = OutputReader(None, -1, None, False, None, None, None, "auto").read(
+        "validation_step", {"logits": torch.zeros(12, 4), "target": target}, None
+    )
+    FlattenedTargets().warn_of("validation_step", outputs, UserDict(ids=target.view(3, 4)))
+    assert "got 12 in one row for a batch of 3" in str(recwarn.pop(UserWarning).message)
+
+
+def test_functions_may_be_import_paths(tmp_path) -> None:
+    """Configurations that do not import what they name, as Hydra's, give text."""
+    monitor = CrossEntropyMonitor("tests.lightning.fits.second_head", decode="builtins.str")
+    assert monitor.decode is str
+    module, trainer = Model(adapt=with_all), make_trainer(tmp_path, monitor)
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    assert monitored(trainer)["val/cross_entropy"] == pytest.approx(
+        3 * readings(module.evaluations[0][0])["cross_entropy"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("extract", "error", "message"),
+    [
+        ("my.fn", ValueError, "got the import path 'my.fn', where there is nothing: No module named 'my'"),
+        ("math.no_such_function", ValueError, "got .*, where there is nothing: module 'math' has no attribute"),
+        ("not a path", ValueError, "got the import path 'not a path'"),
+        ("math.pi", TypeError, r"got 'math.pi'; pass a function or its import path"),
+        (3, TypeError, "got 3; pass a function or its import path"),
+    ],
+)
+def test_what_is_no_function_is_told(extract, error, message) -> None:
+    """With what was found at the path."""
+    with pytest.raises(error, match=f"`extract` must be a function of .outputs, batch., {message}"):
+        CrossEntropyMonitor(extract)
+
+
+def test_lists_of_a_configuration_are_lists(tmp_path) -> None:
+    """OmegaConf's, which Hydra hands on, are sequences of another class."""
+    omegaconf = pytest.importorskip("omegaconf", reason="OmegaConf is not installed")
+    given = {"token_bytes": NUM_BYTES, "groups": ["even", "odd"], "dashboards": ["layout"]}
+    options = dict(omegaconf.OmegaConf.create(given))
+    assert type(options["token_bytes"]) is omegaconf.ListConfig
+    module, trainer = Model(adapt=with_all), make_trainer(tmp_path, CrossEntropyMonitor(**options))
+    trainer.validate(module, ragged_loader(3), verbose=False)
+    plain = make_trainer(tmp_path / "plain", CrossEntropyMonitor(**given))
+    plain.validate(Model(adapt=with_all), ragged_loader(3), verbose=False)
+    assert monitored(trainer).keys() == monitored(plain).keys()
+    assert "val_by_group/bits_per_byte/odd" in monitored(trainer)
+
+
+class Numbers(Sequence):
+    """Bytes of tokens in a class of somebody's own."""
+
+    def __getitem__(self, i: Any) -> Any:
+        return NUM_BYTES[i]
+
+    def __len__(self) -> int:
+        return len(NUM_BYTES)
+
+
+def test_a_table_may_be_any_sequence_of_integers() -> None:
+    """But text names a file."""
+    assert CrossEntropyMonitor(token_bytes=Numbers())._outputs.token_bytes.tolist() == NUM_BYTES
+    for wrong in (b"abc", {1: 2}):
+        with pytest.raises((TypeError, ValueError), match="`token_bytes`"):
+            CrossEntropyMonitor(token_bytes=wrong)

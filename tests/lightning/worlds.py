@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.connectors.logger_connector import result as lightning_result
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -136,7 +136,7 @@ def make_trainer(*callbacks: Callback, folder: Path | None = None, strategy: Any
         devices=world_size,
         callbacks=list(callbacks),
         logger=False if folder is None else TensorBoardLogger(folder, name="", version=""),
-        enable_progress_bar=False,
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         **(several | defaults | kwargs),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from tests import browser
 from tests.browser import Chart, Dashboard, Picture, Scalar, open_tensorboard, serve, start_chromium
+from tests.tensorboard.texts import TEXTS
+from xent_metrics.tensorboard import summarise
 
 try:
     browser.find_chromium()
@@ -248,6 +251,24 @@ def test_what_is_closed_or_on_a_second_page_is_seen_and_what_is_not_there_is_not
             dashboard.screenshot(tmp_path / "empty.png", full=False)
         assert dashboard.hparams() == browser.Trials([], [])
         assert not dashboard.problems
+
+
+def test_a_page_of_hyperparameters_calls_nobody(chromium, tmp_path) -> None:
+    """Pictures and links in values stay text, which reads as it was, and no request leaves."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_text("summary", summarise(TEXTS, {}, {}), 0)
+    hosts: set[str] = set()
+    with serve(tmp_path) as url, open_tensorboard(chromium, url) as dashboard:
+        dashboard.page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        [[text]] = dashboard.text().values()
+        assert not dashboard.page.locator("#markdown a, #markdown img").count()
+        assert not dashboard.problems
+    assert hosts == {urlsplit(url).netloc}
+    header, *rows = text.tables[-1]
+    assert header == ["name", "value"]
+    # The browser's own text of a cell, without the spaces at its ends.
+    shown = {name.replace("\u00a0", " "): value.replace("\u00a0", " ") for name, value in rows}
+    assert shown == {name: "\n".join(value.splitlines()).strip() for name, value in TEXTS.items()}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections.abc import Callable
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,12 +17,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams.metadata import parse_experiment_plugin_data
+from tensorboard.plugins.hparams.metadata import (
+    parse_experiment_plugin_data,
+    parse_session_start_info_plugin_data,
+)
 from torch.utils.data import DataLoader
 
 from tests.browser import serve
+from tests.tensorboard.texts import TEXTS, UNPRINTABLE
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.lightning.dashboards import Dashboards
+from xent_metrics.tags import Tag
 from xent_metrics.tensorboard import (
     add_layout,
     build_layout,
@@ -147,15 +153,15 @@ def test_the_runs_are_the_fit_and_its_overlays(run, ask: Ask) -> None:
 def test_every_chart_of_ours_has_a_description_and_no_point_of_it(ask: Ask) -> None:
     """A tooltip says what is pooled and left out; it adds nothing at step 0."""
     tags = ask("data/plugin/scalars/tags")["run"]
-    ours = {tag for tag in tags if re.match(r"(train|val|test)/(?!cross_entropy_smoothed)", tag)}
-    assert {f"val/{name}/code" for name in READINGS} <= ours
+    ours = {tag for tag in tags if re.match(r"(train|val|test)\w*/(?!cross_entropy_smoothed)", tag)}
+    assert {f"val_by_group/{name}/code" for name in READINGS} <= ours
     for tag in tags:
         assert bool(tags[tag]["description"]) == (tag in ours), tag
     for tag in ours - {"val/uniform_bits_per_token", "val/unigram_bits_per_token", "val/best_bits_per_token"}:
         assert "Pooled" in tags[tag]["description"], tag
         assert "Left out" in tags[tag]["description"], tag
-    assert "group <code>web</code>" in tags["train/perplexity/web"]["description"]
-    assert "loader 1" in tags["val/perplexity/dataloader_idx_1"]["description"]
+    assert "group <code>web</code>" in tags["train_by_group/perplexity/web"]["description"]
+    assert "loader 1" in tags["val_by_loader/perplexity/dataloader_idx_1"]["description"]
     steps = [step for _, step, _ in ask("data/plugin/scalars/scalars?run=run&tag=train/cross_entropy")]
     assert steps == list(range(1, 25, 2))
     steps = [step for _, step, _ in ask("data/plugin/scalars/scalars?run=run&tag=val/cross_entropy")]
@@ -189,9 +195,9 @@ def test_each_chart_of_lines_gets_the_tags_that_it_is_meant_for_and_no_other(ask
         both = {f"/train/{name}", f"/val/{name}"}
         lines = {"/val/uniform_bits_per_token", "/val/unigram_bits_per_token"} if name == "bits_per_token" else set()
         expected[f"{name}: training, validation"] = both | lines
-        expected[f"{name}: validation loaders"] = {f"/val/{name}/dataloader_idx_{i}" for i in range(2)}
-        expected[f"{name}: groups in validation"] = {f"/val/{name}/{group}" for group in ("web", "code")}
-        expected[f"{name}: groups in training"] = {f"/train/{name}/{group}" for group in ("web", "code")}
+        expected[f"{name}: validation loaders"] = {f"/val_by_loader/{name}/dataloader_idx_{i}" for i in range(2)}
+        expected[f"{name}: groups in validation"] = {f"/val_by_group/{name}/{group}" for group in ("web", "code")}
+        expected[f"{name}: groups in training"] = {f"/train_by_group/{name}/{group}" for group in ("web", "code")}
     assert received == expected
 
 
@@ -437,14 +443,53 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path) -> None:
     def decode(ids: list[int]) -> str:
         raise KeyError(ids[0])
 
-    with pytest.warns(UserWarning, match="`dashboards` has 'pictures', but drawing one failed with KeyError") as said:
+    with pytest.warns(
+        UserWarning, match=r"drawing one failed with .* `decode` .* for \[\d+\] it raised KeyError"
+    ) as said:
         fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(decode=decode))
     assert sum("drawing one failed" in str(warning.message) for warning in said) == 1
     found = kinds(tmp_path / "run")
     assert found["summary"]
     assert len(scalars(tmp_path / "run")["val/cross_entropy"]) == 3
-    with pytest.raises(TypeError, match=r"`decode` must turn a list of one token into text, got 'tok.decode'"):
+    with pytest.raises(ValueError, match=r"`decode` must turn a list of one token .* import path 'tok.decode', where"):
         CrossEntropyMonitor(decode="tok.decode")
+    with pytest.raises(TypeError, match=r"`decode` must turn a list of one token into text, .* got 3; pass a function"):
+        CrossEntropyMonitor(decode=3)
+
+
+def test_a_vocabulary_of_one_is_drawn(tmp_path) -> None:
+    """It costs nothing, and is no reason to draw nothing."""
+
+    class One(Plain):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> dict[str, Any]:
+            return {"logits": torch.zeros(*batch[1].shape, 1), "target": batch[1].clamp(max=0)}
+
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=One(), max_epochs=1)
+    assert kinds(tmp_path / "run")["pictures"] == {f"val/{name}" for name in PICTURES}
+    assert scalars(tmp_path / "run")["val/uniform_bits_per_token"] == [(4, 0.0)]
+
+
+@pytest.mark.parametrize("overlay", [False, True])
+def test_training_that_has_no_windows_is_drawn_by_its_epochs(tmp_path, overlay) -> None:
+    """`log_every_n_steps` is longer than an epoch, at first or for ever."""
+    parts = ["layout", "descriptions", *(["overlay"] if overlay else [])]
+
+    def lines(every: int, epochs: int) -> tuple[list[str], set[str]]:
+        folder = tmp_path / f"{every}-{epochs}"
+        logger = TensorBoardLogger(tmp_path, name="", version=folder.name)
+        fit(logger, CrossEntropyMonitor(dashboards=parts), log_every_n_steps=every, max_epochs=epochs)
+        chart = read_layout(folder).category[0].chart[0]
+        return list(chart.multiline.tag), {tag for tag in scalars(folder) if re.match(chart.multiline.tag[0], tag)}
+
+    for every, epochs, line in ((50, 2, "train/cross_entropy_epoch"), (8, 2, "train/cross_entropy")):
+        expressions, drawn = lines(every, epochs)
+        assert drawn == (set() if overlay else {line})
+        assert expressions[0] == ("^cross_entropy$" if overlay else f"^{line}$")
+        if overlay:
+            overlaid = scalars(tmp_path / f"{every}-{epochs}" / "train")["cross_entropy"]
+            points = scalars(tmp_path / f"{every}-{epochs}")
+            first, *others = points["train/cross_entropy_epoch"]
+            assert overlaid == [first, *(others if every == 50 else points["train/cross_entropy"])]
 
 
 def test_pictures_show_the_bits_that_are_logged(tmp_path, monkeypatch) -> None:
@@ -483,6 +528,62 @@ def test_the_picture_of_all_validations_thins_them_out(tmp_path) -> None:
         assert steps[0] == 0
         assert steps == sorted(set(steps))
     assert histories[-1][-1] == 1499
+
+
+class OwnColumn(Table):
+    """Has a column of its own, as Lightning's documentation shows."""
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("hp_metric", 7.0)
+
+
+def test_a_column_of_the_module_stays_beside_ours(tmp_path) -> None:
+    """`hp_metric` is there where a module logs it, and nowhere else."""
+    fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=OwnColumn(), max_epochs=1)
+    ours = ["val/best_bits_per_token", *(f"val/{name}" for name in READINGS)]
+    assert columns_of_hparams(tmp_path / "run") == [*ours, "hp_metric"]
+    assert scalars(tmp_path / "run")["hp_metric"] == [(4, 7.0)]
+    fit(TensorBoardLogger(tmp_path, name="", version="other"), CrossEntropyMonitor(), max_epochs=1)
+    assert columns_of_hparams(tmp_path / "other") == ours
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
+def test_hyperparameters_that_a_project_logs_before_the_fit_have_our_columns(tmp_path) -> None:
+    """Unless TensorBoard has been given Lightning's own table first, which a warning says, with the switch."""
+    given = {"seed": 3, "optimizer": {"name": "adam"}, "file": "caf\udce9"}  # As the name of a file may be.
+    logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False)
+    logger.log_hyperparams({**given, "file": "cafe"})
+    logger.hparams["file"] = given["file"]
+    fit(logger, CrossEntropyMonitor(), max_epochs=1)
+    assert columns_of_hparams(tmp_path / "run")[0] == "val/best_bits_per_token"
+    about = EventAccumulator(str(tmp_path / "run")).Reload().summary_metadata["_hparams_/session_start_info"]
+    shown = parse_session_start_info_plugin_data(about.plugin_data.content).hparams
+    assert {*shown} == {"seed", "optimizer/name", "file", "lr", "extra"}
+    assert shown["file"].string_value == "caf\\udce9"
+    logger = TensorBoardLogger(tmp_path, name="", version="late")
+    logger.log_hyperparams({"seed": 3})
+    with pytest.warns(UserWarning, match="`log_hyperparams` was called before .* pass `default_hp_metric=False`"):
+        fit(logger, CrossEntropyMonitor(), max_epochs=1)
+    assert columns_of_hparams(tmp_path / "late") == ["hp_metric"]
+
+
+def test_a_validation_before_the_fit_does_not_cost_the_columns(tmp_path) -> None:
+    """Lightning writes its table before that too; a run without a validation, or that fails, has a row all the same."""
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[CrossEntropyMonitor()], enable_progress_bar=False)
+    trainer.validate(Table(), DataLoader(samples(7), 3), verbose=False)
+    fit(logger, CrossEntropyMonitor(), max_epochs=1)
+    assert columns_of_hparams(tmp_path / "run")[0] == "val/best_bits_per_token"
+
+    class Failing(Table):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(TensorBoardLogger(tmp_path, name="", version="failed"), CrossEntropyMonitor(), module=Failing())
+    fit(TensorBoardLogger(tmp_path, name="", version="train"), CrossEntropyMonitor(), max_epochs=1, limit_val_batches=0)
+    for name in ("failed", "train"):
+        assert columns_of_hparams(tmp_path / name)[0] == "val/best_bits_per_token"
 
 
 @pytest.mark.slow
@@ -547,6 +648,41 @@ def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
         ["x/val/bits_per_token", "2.88539", f"{1.5 / math.log(2):.6g} to {2.5 / math.log(2):.6g}"],
         ["x/val/perplexity", "7.38906", "4 to 12"],
     ]
+
+
+class Cells(HTMLParser):
+    """Reads the text of a page's cells, and which elements there are."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.cells: list[str] = []
+        self.elements: set[str] = set()
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.elements.add(tag)
+        if tag == "td":
+            self.cells.append("")
+        if tag == "br":
+            self.cells[-1] += "\n"
+
+    def handle_data(self, data: str) -> None:
+        if self.cells and data.strip(" \n"):
+            self.cells[-1] += data
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer is deprecated:DeprecationWarning")  # By its first import.
+def test_hyperparameters_are_text_on_the_page_and_nothing_else() -> None:
+    """Whatever Markdown or HTML could take for its own reads as it was, in TensorBoard's own rendering."""
+    from tensorboard.plugin_util import markdown_to_safe_html  # noqa: PLC0415
+
+    texts = TEXTS | {name: text for name, (text, _) in UNPRINTABLE.items()}
+    page = Cells(markdown_to_safe_html(summarise(texts, {}, {}).encode()))
+    assert page.elements == {"h2", "table", "thead", "tbody", "tr", "th", "td", "p", "code", "br"}
+    cells = [cell.replace("\u00a0", " ") for cell in page.cells[-2 * len(texts) :]]
+    expected = {name: "\n".join(text.splitlines()) for name, text in TEXTS.items()}
+    expected |= {name: shown for name, (_, shown) in UNPRINTABLE.items()}
+    assert dict(zip(cells[::2], cells[1::2], strict=True)) == expected
 
 
 @pytest.mark.slow
@@ -646,17 +782,24 @@ def test_the_same_arguments_give_the_same_layout_and_every_tag_is_anchored() -> 
         for tag in chart.multiline.tag:
             assert tag.startswith("^")
             assert tag.endswith("$")
-    [dots] = {tag for chart in layout.category[0].chart for tag in chart.multiline.tag if "x/val/perplexity/(" in tag}
-    assert re.match(dots, "x/val/perplexity/a.b")
-    assert not re.match(dots, "x/val/perplexity/a-b")
+    [dots] = {
+        tag
+        for chart in layout.category[0].chart
+        for tag in chart.multiline.tag
+        if "perplexity/(" in tag and "val" in tag
+    }
+    assert re.match(dots, "x/val_by_group/perplexity/a.b")
+    assert not re.match(dots, "x/val_by_group/perplexity/a-b")
 
 
 @pytest.mark.parametrize("overlay", [False, True])
 def test_a_prefix_is_text_and_no_pattern(overlay: bool) -> None:
     """A chart of `a.b/` has the tags of `a.b/`, and none of `axb/`."""
     layout = build_layout(groups=["web"], loaders=True, overlay=overlay, prefix="a.b/")
-    parts = ("", "/web", "/dataloader_idx_1")
-    tags = [*(f"{stage}/{name}{part}" for stage in ("train", "val") for name in READINGS for part in parts), *READINGS]
+    parts = ((None, ""), ("group", "web"), ("loader", "dataloader_idx_1"))
+    stages = ("train", "val")
+    ours = [Tag(stage, name, *part).text() for stage in stages for name in READINGS for part in parts]
+    tags = [*ours, *READINGS]
     for chart in layout.category[0].chart:
         for expression in chart.multiline.tag:
             assert not any(re.match(expression, f"axb/{tag}") for tag in tags)

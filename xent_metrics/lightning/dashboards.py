@@ -16,6 +16,7 @@ import torch
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
+from xent_metrics.lightning.trainer import flatten
 from xent_metrics.tags import UNIFORM, UNIGRAM
 from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats, unigram_bits
 
@@ -69,14 +70,16 @@ class Dashboards:
         self._last_reference_step = -1
         self._undrawn: ValidationStats | None = None
         self._history: list[ValidationPoint] = []
-        self._last_logged: dict[str, float] = {}
+        self._last_logged: dict[str, dict[str, float]] = {}
+        self._hparams_due = False
 
-    def attach(self, loggers: Sequence[Any], writes: bool) -> None:
+    def attach(self, loggers: Sequence[Any], writes: bool, has_hparams: bool) -> None:
         """Find the TensorBoard loggers among all loggers of the Trainer.
 
         Args:
             loggers: All loggers.
             writes: Whether this rank writes.
+            has_hparams: Whether this run will have a row in the table of hyperparameters.
         """
         # By name, since Lightning's two packages have a class each.
         self._loggers = [x for x in loggers if any(kind.__name__ == "TensorBoardLogger" for kind in type(x).__mro__)]
@@ -91,6 +94,9 @@ class Dashboards:
                 "`dashboards` has 'pictures', which need matplotlib: install it, or leave them out.", UserWarning
             )
             parts -= {"pictures"}
+        self._hparams_due = has_hparams and "hparams" in parts
+        if self._hparams_due:
+            _give_way(self._loggers)
         # A logger that is attached again goes on with its dashboard, which knows the tags that it has described.
         known = {id(dashboard.writer): dashboard for dashboard in self._dashboards}
         for logger in self._loggers if writes else ():
@@ -110,13 +116,22 @@ class Dashboards:
         for dashboard in self._dashboards:
             dashboard.close()
 
-    def log_hparams(self, hparams: Mapping[str, Any], tags: Sequence[str]) -> None:
-        """Write the row of this run in the table of hyperparameters, before Lightning writes its own."""
-        if "hparams" in self.parts:
-            for logger in self._loggers:
-                logger._default_hp_metric = False  # A curve of -1, which would be the only column.
+    def write_hparams(self, tags: Sequence[str], logged: Iterable[str]) -> None:
+        """Write the row of this run in the table of hyperparameters, once.
+
+        Args:
+            tags: Those of ours that are its columns.
+            logged: All tags that have been logged. `hp_metric`, which Lightning reserves for one of the module's own,
+                is a column if it is there.
+        """
+        if not self._hparams_due:
+            return
+        self._hparams_due = False
+        columns = [*tags, *(tag for tag in ("hp_metric",) if tag in logged)]
         for dashboard in self._dashboards:
-            dashboard.log_hparams(hparams, tags)
+            # What the user gave to the logger, and what the module has saved, which Lightning gives to it.
+            logger = next(logger for logger in self._loggers if logger.experiment is dashboard.writer)
+            dashboard.log_hparams(flatten(getattr(logger, "hparams", {})), columns)
 
     def on_window_logged(self, values: Mapping[str, float], step: int) -> None:
         """Describe and overlay the values of a training window, before they are logged."""
@@ -129,11 +144,9 @@ class Dashboards:
     def on_epoch_logged(self, values: Mapping[str, float], stage: str, step: int) -> None:
         """Describe and overlay the values of an epoch, before they are logged, and keep them for the summary."""
         self._describe_new_tags(values)
-        if stage != "train":  # Windows have the line of training.
+        if stage != "train" or not self._num_windows:  # Windows have the line of training, if there are such.
             self._overlay(values, stage, step)
-        of_stage = f"{self._prefix}{stage}/"
-        others = {tag: value for tag, value in self._last_logged.items() if not tag.startswith(of_stage)}
-        self._last_logged = others | dict(values)
+        self._last_logged[stage] = dict(values)
 
     def _describe_new_tags(self, tags: Iterable[str]) -> None:
         for dashboard in self._dashboards:
@@ -204,7 +217,8 @@ class Dashboards:
             from xent_metrics.tensorboard import summarise  # noqa: PLC0415  # It needs TensorBoard.
 
             configuration, counts, num_repeated = facts()
-            text = summarise(configuration, self._last_logged, counts, num_repeated, self._prefix)
+            values = {tag: value for stage in self._last_logged.values() for tag, value in stage.items()}
+            text = summarise(configuration, values, counts, num_repeated, self._prefix)
             for dashboard in self._dashboards:
                 dashboard.add_text("summary", text, step)
         for dashboard in self._dashboards:
@@ -219,8 +233,8 @@ class Dashboards:
                 dashboard.draw(stats, self._history, self._references or {}, decode)
         except Exception as error:  # Such as one of `decode`: other ranks would wait for one that stops.
             warnings.warn(
-                f"`dashboards` has 'pictures', but drawing one failed with {type(error).__name__}: {error}; mend "
-                "`decode` if it is its error, or leave them out; there are no more pictures of this run.",
+                f"`dashboards` has 'pictures', but drawing one failed with {type(error).__name__}: {error}; there "
+                "are no more pictures of this run; leave them out if you can do without.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -247,6 +261,19 @@ def _compute_references(stats: ValidationStats, group: ProcessGroup | None) -> d
     if num_beyond or not any(class_counts):
         return {}
     return {UNIFORM: math.log2(len(class_counts)), UNIGRAM: unigram_bits(class_counts)}
+
+
+def _give_way(loggers: Sequence[Any]) -> None:
+    """Let no logger write a row of Lightning's own, whose only column is a curve of -1."""
+    for logger in loggers:
+        if logger._default_hp_metric and getattr(logger, "hparams", None):
+            rank_zero_warn(
+                "`dashboards` has 'hparams', but `log_hyperparams` was called before the run, and TensorBoard shows "
+                "what came first: `hp_metric`, which is -1, and no values of the run; pass `default_hp_metric=False` "
+                "to the TensorBoardLogger to see them beside your hyperparameters, or leave out 'hparams'.",
+                UserWarning,
+            )
+        logger._default_hp_metric = False
 
 
 def _prefix_of_logger(logger: Any) -> str:

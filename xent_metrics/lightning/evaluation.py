@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xent_metrics.lightning.flattened_targets import FlattenedTargets
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
 from xent_metrics.lightning.step_outputs import OutputReader, StepOutputs, Tallies
 from xent_metrics.lightning.windows import Pool, sum_over_ranks
@@ -21,6 +22,7 @@ class Evaluation:
         num_loaders: How many loaders there are.
         reader: Reads what steps return.
         repeated: Finds samples that ranks draw twice.
+        flattened: Finds targets that were flattened.
         stats: Collects statistics for pictures; None for no pictures.
     """
 
@@ -30,6 +32,7 @@ class Evaluation:
         num_loaders: int,
         reader: OutputReader,
         repeated: RepeatedSamples,
+        flattened: FlattenedTargets,
         stats: ValidationStats | None = None,
     ) -> None:
         self._stage = stage
@@ -37,12 +40,15 @@ class Evaluation:
         self._pools = [Pool(reader.zero()) for _ in range(num_loaders)]
         self._reader = reader
         self._repeated = repeated
+        self._flattened = flattened
         self.stats = stats
 
     def add(self, outputs: Any, batch: Any, loaders: Any, batch_idx: int, dataloader_idx: int) -> None:
         """Add what a step returned, without the samples that another rank has too; `loaders` are the Trainer's."""
         drawn = self._repeated.find(loaders, self._stage, batch_idx, dataloader_idx)
         read = self._reader.read(self._step, outputs, batch)
+        if isinstance(read, StepOutputs):
+            self._flattened.warn_of(self._step, read, batch)
         if drawn is not None:
             if isinstance(read, StepOutputs):  # A mean cannot be taken apart.
                 read, num_repeated = self._repeated.leave_out(read, drawn)

@@ -10,14 +10,18 @@ weight averaging and listed in the model summary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from xent_metrics.lightning.callback_base import Callback
+from xent_metrics.distributed import is_distributed
+from xent_metrics.lightning.callback_base import Callback, serve_what_is_loaded
 from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
 from xent_metrics.lightning.evaluation import Evaluation
+from xent_metrics.lightning.flattened_targets import FlattenedTargets
+from xent_metrics.lightning.import_path import as_function
+from xent_metrics.lightning.log_values import ValueLog, reduce_what_is_pending
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
 from xent_metrics.lightning.step_outputs import OutputReader
 from xent_metrics.lightning.tagged_readings import TaggedReadings
@@ -26,14 +30,11 @@ from xent_metrics.lightning.trainer import (
     data_parallel_group,
     describe_run,
     is_log_point,
-    log_epoch_values,
-    log_step_values,
-    saved_hparams,
 )
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST
+from xent_metrics.tags import BEST, Tag
 from xent_metrics.validation_stats import Decode
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ class CrossEntropyMonitor(Callback):
         - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
           `confidence`, clustered by sequence; not logged where there are no two sequences;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
-        - `{val,test}/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
-        - `{stage}/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
+        - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
+        - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
         - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
           `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
           `dashboards`.
@@ -89,7 +90,7 @@ class CrossEntropyMonitor(Callback):
 
     Args:
         extract: Called as `extract(outputs, batch)`, returns one of the forms above, for steps that return something
-            else. `outputs["loss"]` is then the loss as the step returned it. An import path in YAML.
+            else. `outputs["loss"]` is then the loss as the step returned it. It may also be an import path.
         class_dim: The dimension of `logits` that counts classes.
         ignore_index: The target that is not scored; None for none.
         shift: Let `logits[:, t]` score target t + 1, for logits and labels of one length as Hugging Face models have
@@ -113,8 +114,8 @@ class CrossEntropyMonitor(Callback):
               text coloured by what each token cost: at the first, second, fourth, ... validation and the last;
             - `"summary"`: a page in the Text tab when the fit is over;
             - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
-        decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`. May be set later, as
-            `monitor.decode = ...`, before the fit. Without it, numbers are shown.
+        decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`, or the import path of a
+            function. May be set later, as `monitor.decode = ...`, before the fit. Without it, numbers are shown.
         num_classes: How many classes there are, for the lines to compare with where no step returns logits.
         backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
             `CrossEntropy`.
@@ -148,14 +149,13 @@ class CrossEntropyMonitor(Callback):
         num_classes: int | None = None,
         backend: Backend = "auto",
     ) -> None:
+        serve_what_is_loaded()  # Another package may have been imported after this module.
         check_reading(nan_policy, confidence)
-        if not isinstance(prefix, str) or not re.fullmatch(r"[\w./-]*", prefix, re.ASCII):
+        if not isinstance(prefix, str) or not re.fullmatch(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", prefix, re.ASCII):
             raise ValueError(
-                "`prefix` must be text of letters, digits, '_', '.', '-' and '/', which all loggers accept, got "
-                f"{prefix!r}."
+                "`prefix` must be a path of letters, digits, '_', '.', '-' and '/', without empty parts or '..', which "
+                f"all loggers accept, got {prefix!r}."
             )
-        if decode is not None and not callable(decode):
-            raise TypeError(f"`decode` must turn a list of one token into text, got {decode!r}; pass tokenizer.decode.")
         self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
         # What tells states of several monitors apart. Options that change no tally are left out.
         self._configuration = {
@@ -169,17 +169,24 @@ class CrossEntropyMonitor(Callback):
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
         self.prefix = prefix
-        self.decode = decode
+        self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
         self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
+        self._value_log = ValueLog()
         self._group: ProcessGroup | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._run = RunTallies(self._outputs.zero(), self._outputs.about)
+        self._run = RunTallies(self._outputs.zero(), self._outputs.about, self._outputs.groups)
         self._evaluation = None
         self._repeated = RepeatedSamples()
+        self._flattened = FlattenedTargets()
         self._dashboards.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run: the group of ranks, and the module's methods that Lightning puts here."""
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
+        return kept | {"_group": None}
 
     @property
     def state_key(self) -> str:
@@ -187,12 +194,20 @@ class CrossEntropyMonitor(Callback):
         return self._generate_state_key(**self._configuration)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tallies of the training epoch, of all ranks together; the ranks meet in one collective.
+        """Return the tallies of the training epoch as far as this rank knows them, without asking another.
 
-        After an exception only the rank that failed may be here: among several ranks, what was tallied since the last
-        log point is then left out.
+        Among several ranks, what was tallied since the last log point is left out; `on_save_checkpoint` adds it.
         """
-        return self._run.state_dict(self._group)
+        return self._run.state_dict()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the state in a checkpoint be that of all ranks, which meet in one collective.
+
+        After an exception only the rank that failed may be here, so nobody is asked.
+        """
+        if is_distributed() and not self._run.failed:
+            reduce_what_is_pending(trainer)
+            checkpoint["callbacks"][self.state_key] = self._run.state_dict_of_all_ranks(self._group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied.
@@ -212,24 +227,21 @@ class CrossEntropyMonitor(Callback):
             )
         self._outputs.to(trainer.strategy.root_device)
         self._group = data_parallel_group(trainer)
-        self._dashboards.attach(trainer.loggers, trainer.is_global_zero)
         if stage == "fit":  # Lightning loads the state of a checkpoint after this.
             self._reset()
         elif stage == "validate":
             self._dashboards.reset()  # It may be of other data, or of another trainer.
+        self._dashboards.attach(trainer.loggers, trainer.is_global_zero, has_hparams=stage in ("fit", "validate"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Close what was opened, also after an error."""
+        """Close what was opened."""
         self._dashboards.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Wait for no other rank from now on."""
+        """Wait for no other rank from now on, and close what was opened: Lightning calls no `teardown`."""
         self._run.failed = True
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row of the run in TensorBoard's table of hyperparameters, before Lightning writes its own."""
-        tags = [f"{self.prefix}val/{name}" for name in (BEST, *self._readings.names)]
-        self._dashboards.log_hparams(saved_hparams(trainer, pl_module), tags)
+        self._write_hparams(())  # Reading what was logged may wait for other ranks.
+        self._dashboards.close()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch."""
@@ -252,12 +264,14 @@ class CrossEntropyMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
+        reduce_what_is_pending(trainer)
         self._run.close_window(self._group)
         values = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
-        self._log_epoch(trainer, pl_module, values, "train")
+        self._log_epoch(trainer, pl_module, "train", values, {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write the summary of the run."""
+        self._write_hparams(trainer.callback_metrics)
         last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on after the last batch.
         self._dashboards.finish(last_step, self.decode, lambda: self._summarised(trainer, pl_module))
 
@@ -265,7 +279,7 @@ class CrossEntropyMonitor(Callback):
         """Start a validation; the sanity check before it leaves no trace."""
         stats = None if trainer.sanity_checking else self._dashboards.new_stats(self._outputs.device)
         num_loaders = len(trainer.num_val_batches)
-        self._evaluation = Evaluation("val", num_loaders, self._outputs, self._repeated, stats)
+        self._evaluation = Evaluation("val", num_loaders, self._outputs, self._repeated, self._flattened, stats)
 
     def on_validation_batch_end(
         self,
@@ -283,21 +297,28 @@ class CrossEntropyMonitor(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
         assert self._evaluation is not None
-        values, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
+        reduce_what_is_pending(trainer)
+        values, by_loader, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
         if not trainer.sanity_checking:
             self._run.validated = total
             if trainer.state.fn == "fit":
-                best = self._run.update_best(values[f"{self.prefix}val/bits_per_token"])
-                values[f"{self.prefix}val/{BEST}"] = best
-        self._log_epoch(trainer, pl_module, values, "val")
+                bits = values[Tag("val", "bits_per_token").text(self.prefix)]
+                values[Tag("val", BEST).text(self.prefix)] = self._run.update_best(bits)
+        self._log_epoch(trainer, pl_module, "val", values, by_loader)
         if self._evaluation.stats is not None:
             point = self._readings.validation_point(current_step(trainer), values)
             alone = trainer.state.fn == "validate"
             self._dashboards.add_validation(self._evaluation.stats, point, self._group, self.decode, draw_now=alone)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the row of the run in TensorBoard's table of hyperparameters, when all has been logged once."""
+        if not trainer.sanity_checking:
+            self._write_hparams(trainer.callback_metrics)
+
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        self._evaluation = Evaluation("test", len(trainer.num_test_batches), self._outputs, self._repeated)
+        num_loaders = len(trainer.num_test_batches)
+        self._evaluation = Evaluation("test", num_loaders, self._outputs, self._repeated, self._flattened)
 
     def on_test_batch_end(
         self,
@@ -315,20 +336,35 @@ class CrossEntropyMonitor(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
         assert self._evaluation is not None
-        values, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
-        self._log_epoch(trainer, pl_module, values, "test")
+        reduce_what_is_pending(trainer)
+        values, by_loader, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
+        self._log_epoch(trainer, pl_module, "test", values, by_loader)
+
+    def _write_hparams(self, logged: Iterable[str]) -> None:
+        tags = [Tag("val", name).text(self.prefix) for name in (BEST, *self._readings.names)]
+        self._dashboards.write_hparams(tags, logged)
 
     def _log_window(self, trainer: Trainer) -> None:
         """Log what was tallied since the last log point."""
         values = self._readings.read("train", self._run.close_window(self._group))
         self._dashboards.on_window_logged(values, current_step(trainer))
-        log_step_values(trainer, values)
+        self._value_log.log_step(trainer, values)
         self._run.mark_logged()
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float], stage: str) -> None:
+    def _log_epoch(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: str,
+        values: dict[str, float],
+        by_loader: dict[int, dict[str, float]],
+    ) -> None:
         if not trainer.sanity_checking:
-            self._dashboards.on_epoch_logged(values, stage, current_step(trainer))
-        log_epoch_values(trainer, pl_module, values)
+            everything = {tag: value for each in (values, *by_loader.values()) for tag, value in each.items()}
+            # Lightning logs an epoch of training at its last batch, which it has counted already.
+            step = current_step(trainer) - (stage == "train")
+            self._dashboards.on_epoch_logged(everything, stage, step)
+        self._value_log.log_epoch(trainer, pl_module, values, by_loader)
 
     def _summarised(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, Any], dict[str, Any], int]:
         """Return what a summary tells of a run: its configuration, its counts of targets, its repeated samples."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xent_metrics._validate import as_num_classes, as_plain, as_token_table, describe, is_integer, is_integral
 from xent_metrics.distributed import is_distributed
+from xent_metrics.lightning.import_path import as_function
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
@@ -76,11 +77,7 @@ class OutputReader:
         num_classes: int | None,
         backend: Backend,
     ) -> None:
-        if extract is not None and not callable(extract):
-            raise TypeError(
-                f"`extract` must be a function of (outputs, batch), got {extract!r}; in YAML, its import path."
-            )
-        self.extract = extract
+        self.extract = as_function("extract", extract, "be a function of (outputs, batch)")
         self.groups = _as_names(groups)
         self.token_bytes = None if token_bytes is None else _as_table(token_bytes)
         if num_classes is not None:
@@ -229,9 +226,9 @@ def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
         return ()
     names = tuple(groups) if isinstance(groups, Iterable) else ()
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"(?!dataloader_idx)[\w.-]+", name, re.ASCII):
+        if not isinstance(name, str) or not re.fullmatch(r"(?!dataloader_idx|\.{1,2}$)[\w.-]+", name, re.ASCII):
             raise ValueError(
-                "`groups` must be names of letters, digits, '_', '.' and '-', which become part of a tag, got "
+                "`groups` must be names of letters, digits, '_', '.' and '-', which become parts of paths, got "
                 f"{name!r}; rename it."
             )
     if isinstance(groups, str) or not names or len(set(names)) < len(names):
@@ -247,6 +244,8 @@ def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
                 f"{token_bytes!r}."
             )
         token_bytes = torch.load(token_bytes, map_location="cpu", weights_only=True)
-    if isinstance(token_bytes, list | tuple) and all(is_integer(as_plain(x)) for x in token_bytes):
+    # Any sequence: a list of a configuration need not be one of Python's.
+    listed = isinstance(token_bytes, Sequence) and not isinstance(token_bytes, bytes)
+    if listed and all(is_integer(as_plain(x)) for x in token_bytes):
         token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64, device="cpu")
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from xent_metrics.lightning.step_outputs import OutputReader, Tallies
 from xent_metrics.lightning.windows import add_tallies
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_valid
-from xent_metrics.tags import BITS_PER_BYTE, BOUNDS, LOGGED_READINGS
+from xent_metrics.tags import BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, Tag
 from xent_metrics.tally.tally import GroupTally
 from xent_metrics.validation_stats import ValidationPoint
+
+
+class EvaluationValues(NamedTuple):
+    """What a validation or a test reads.
+
+    Attributes:
+        whole: The values of all targets and of each group, by tag.
+        by_loader: Those of each loader that has targets, by its index; empty unless several have.
+        total: The tally of all targets.
+    """
+
+    whole: dict[str, float]
+    by_loader: dict[int, dict[str, float]]
+    total: Tallies
 
 
 class TaggedReadings:
@@ -35,29 +49,35 @@ class TaggedReadings:
     def read(self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False) -> dict[str, float]:
         """Return the values of some tallies by tag: of all targets, and of each group that has targets."""
         whole, by_group = self.read_exactly(tallies[:1]), self.read_exactly(tallies[1:])
-        values = {name: value for name, [value] in _values(whole).items()}
+        values = _whole_values(whole)
         # Two sequences have an interval. Where all losses are infinite or NaN, so is the interval, and its curves still
         # have points where their value has one.
         totals = whole[0].totals
         if bounds and (totals.sequences > 1 or (totals.nonfinite and not self._outputs.reads_means)):
             values |= {name: getattr(whole[0], name) for name in BOUNDS}
-        tagged = {f"{self._prefix}{stage}/{name}{suffix}": value for name, value in values.items()}
+        tagged = {self._tag(stage, f"{name}{suffix}"): value for name, value in values.items()}
         for name, each in _values(by_group).items():
             for group, value, num_tokens in zip(self._outputs.groups, each, by_group[0].num_tokens, strict=True):
                 if num_tokens:
-                    tagged[f"{self._prefix}{stage}/{name}{suffix}/{group}"] = value
+                    tagged[self._tag(stage, f"{name}{suffix}", "group", group)] = value
         return tagged
 
-    def read_loaders(self, stage: str, loaders: Sequence[Tallies]) -> tuple[dict[str, float], Tallies]:
-        """Return the values of all loaders together and of each by itself, and the tally of all together."""
+    def read_loaders(self, stage: str, loaders: Sequence[Tallies]) -> EvaluationValues:
+        """Return the values of all loaders together and of each by itself."""
         total = add_tallies(*loaders)
-        values = self.read(stage, total, bounds=True)
         # Loaders that are read side by side have their targets in the first, and one that has all says nothing new.
         each = {i: whole for i, (whole, *_) in enumerate(loaders) if whole.unbind()[0].totals().scored}
-        if len(each) > 1:
-            for i, whole in each.items():
-                values |= self.read(stage, (whole,), suffix=f"/dataloader_idx_{i}")
-        return values, total[:1]
+        by_loader = {
+            i: {
+                self._tag(stage, name, "loader", f"dataloader_idx_{i}"): value
+                for name, value in _whole_values(self.read_exactly((whole,))).items()
+            }
+            for i, whole in (each.items() if len(each) > 1 else ())
+        }
+        return EvaluationValues(self.read(stage, total, bounds=True), by_loader, total[:1])
+
+    def _tag(self, stage: str, name: str, by: Literal["group", "loader"] | None = None, part: str = "") -> str:
+        return Tag(stage, name, by, part).text(self._prefix)
 
     def read_exactly(self, tallies: Tallies) -> list[Any]:
         """Return readings of tallies, which are copied to the host: per token, then per byte."""
@@ -85,6 +105,11 @@ class TaggedReadings:
         return ValidationPoint(
             step, *(values.get(f"{tag}{end}", math.nan) / math.log(2) for end in ("", "_lower", "_upper"))
         )
+
+
+def _whole_values(readings: Sequence[Any]) -> dict[str, float]:
+    """Return the logged readings of tokens and of bytes, each of all targets."""
+    return {name: value for name, [value] in _values(readings).items()}
 
 
 def _values(readings: Sequence[Any]) -> dict[str, list[float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
+from xent_metrics.distributed import is_distributed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -19,12 +19,15 @@ def current_step(trainer: Trainer) -> int:
 
 
 def is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Return whether Lightning writes step values after this batch, by the rule of its own loop."""
+    """Return whether Lightning writes step values after this batch, by the rule of its own loop.
+
+    Among several ranks, whether the run is about to stop is not asked: a callback or a signal may have told only some.
+    """
     loop: Any = trainer.fit_loop
     if loop._should_accumulate() and pl_module.automatic_optimization:
         return False
     settings: Any = trainer  # Set by Lightning's connectors, where type checkers do not see them.
-    if settings.fast_dev_run or trainer.should_stop:
+    if settings.fast_dev_run or (trainer.should_stop and not is_distributed()):
         return True
     every: int = settings.log_every_n_steps
     return bool(every > 0 and (loop.epoch_loop._batches_that_stepped + 1) % every == 0)
@@ -37,31 +40,6 @@ def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
         return None
     group: ProcessGroup = mesh["data_parallel"].get_group()
     return group
-
-
-def log_step_values(trainer: Trainer, values: dict[str, float]) -> None:
-    """Give step values to the loggers as Lightning's own monitors do, at the step that it writes at.
-
-    `self.log` would copy every value to the device and back, and write a window again if it decides to write after a
-    batch that was no log point here.
-    """
-    for logger in trainer.loggers:
-        logger.log_metrics(values, step=current_step(trainer))
-    trainer.callback_metrics.update(_as_tensors(values))
-
-
-def log_epoch_values(trainer: Trainer, pl_module: LightningModule, values: Mapping[str, float]) -> None:
-    """Log values of an epoch that are the same on all ranks; Lightning monitors them, and returns them."""
-    if not trainer.barebones:  # Lightning would warn about every name.
-        # The last two arguments together reduce nothing, and draw no advice to reduce the values once more.
-        pl_module.log_dict(
-            _as_tensors(values), batch_size=1, add_dataloader_idx=False, sync_dist=True, rank_zero_only=True
-        )
-
-
-def _as_tensors(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    # Lightning would round floats to float32, and copy them to the device.
-    return {tag: torch.tensor(value, dtype=torch.float64, device="cpu") for tag, value in values.items()}
 
 
 def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -80,12 +58,16 @@ def saved_hparams(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any
     sources: list[Any] = [getattr(trainer, "datamodule", None), pl_module]
     logged = [source.hparams_initial for source in sources if getattr(source, "_log_hyperparams", False)]
     saved = {str(name): value for hparams in logged for name, value in hparams.items()}
+    return flatten(saved)
+
+
+def flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return hyperparameters in mappings within mappings, under their names joined by slashes."""
     # Names with an underscore are notes of Lightning's to itself.
-    return _flatten({name: value for name, value in saved.items() if not name.startswith("_")})
+    return _flatten({name: value for name, value in nested.items() if not str(name).startswith("_")})
 
 
 def _flatten(nested: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the values in mappings within mappings, under their names joined by slashes."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         within = _flatten(value) if isinstance(value, Mapping) else None

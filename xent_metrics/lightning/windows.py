@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, StepOutputs, Tallies
 from xent_metrics.losses.score import ScoredBatch
@@ -91,6 +93,7 @@ class RunTallies:
     Args:
         zero: The tallies of no targets.
         about: What decides them, in words.
+        groups: The names of the groups, in the order of their tallies.
 
     Attributes:
         window: What this rank has tallied since the last reduction.
@@ -100,9 +103,10 @@ class RunTallies:
         best: The lowest bits per token of a validation so far; NaN before the first.
     """
 
-    def __init__(self, zero: Tallies, about: str) -> None:
+    def __init__(self, zero: Tallies, about: str, groups: Sequence[str] = ()) -> None:
         self._zero = zero
         self._about = f"the training window of {about}"
+        self._groups = list(groups)
         self.window = Pool(zero)
         self.epoch = self._reduced_not_logged = zero
         self.run_total = self.validated = zero[:1]
@@ -135,20 +139,24 @@ class RunTallies:
         self.epoch = add_tallies(self.epoch, window)
         self.run_total = add_tallies(self.run_total, window[:1])
 
-    def state_dict(self, group: ProcessGroup | None) -> dict[str, Any]:
-        """Return the tallies of all ranks, the window included; the ranks meet in one collective.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the tallies of all ranks; among several ones, without the window."""
+        return self._state_dict(self._zero if is_distributed() else self.window.tallies())
 
-        After an exception only the rank that failed may be here: among several ranks, the window is then left out.
-        """
-        alone = self.failed and is_distributed()
-        [window] = [self._zero] if alone else sum_over_ranks([self.window.tallies()], self._about, group)
+    def state_dict_of_all_ranks(self, group: ProcessGroup | None) -> dict[str, Any]:
+        """Return the tallies of all ranks, the window included; the ranks meet in one collective."""
+        [window] = sum_over_ranks([self.window.tallies()], self._about, group)
+        return self._state_dict(window)
+
+    def _state_dict(self, window: Tallies) -> dict[str, Any]:
         tallies = {
             "reduced_not_logged": add_tallies(self._reduced_not_logged, window),
             "epoch": add_tallies(self.epoch, window),
             "run_total": add_tallies(self.run_total, window[:1]),
         }
         states = {name: [tally.state for tally in each] for name, each in tallies.items()}
-        return {"version": STATE_VERSION, "tallies": states, "best_bits_per_token": self.best}
+        about = {"version": STATE_VERSION, "groups": self._groups}
+        return about | {"tallies": states, "best_bits_per_token": self.best}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved state, on any number of ranks; all of them hold the tallies of all ranks.
@@ -156,34 +164,46 @@ class RunTallies:
         Raises:
             ValueError: If the state is of another version, is incomplete, or has tallies of another shape.
         """
-        state_dict = _converted(state_dict)
+        state_dict = _converted(state_dict, self._groups)
+        if state_dict["groups"] != self._groups:
+            raise ValueError(
+                f"`state_dict` must be of the groups {self._groups}, in this order, got {state_dict['groups']}; load "
+                "it into a CrossEntropyMonitor with the `groups` that it was saved with."
+            )
         tallies = {name: self._loaded(name, state_dict["tallies"][name]) for name in _NAMES}
         self._reduced_not_logged, self.epoch, self.run_total = (tallies[name] for name in _NAMES)
         self.best = state_dict["best_bits_per_token"]
 
     def _loaded(self, name: str, states: Sequence[Any]) -> Tallies:
         zero = self._zero[:1] if name == "run_total" else self._zero
-        expected, shapes = ([tuple(state.shape) for state in each] for each in ([x.state for x in zero], states))
-        if shapes != expected:
+        expected, found = ([_described(state) for state in each] for each in ([x.state for x in zero], states))
+        if found != expected:
             raise ValueError(
-                f"`state_dict` must hold tallies of shapes {expected} as {name!r}, got {shapes}; load it into a "
+                f"`state_dict` must hold tallies of shapes {expected} as {name!r}, got {found}; load it into a "
                 "CrossEntropyMonitor with the `groups` and the `token_bytes` that it was saved with."
             )
         return tuple(type(x)(state.to(x.state.device)) for x, state in zip(zero, states, strict=True))
 
 
-def _converted(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def _described(state: Any) -> Any:
+    """Return the shape of a tally's state, and what it is if it is none."""
+    if not isinstance(state, torch.Tensor):
+        return type(state).__name__
+    return tuple(state.shape) if state.dtype == torch.int64 else (tuple(state.shape), state.dtype)
+
+
+def _converted(state_dict: Mapping[str, Any], groups: list[str]) -> Mapping[str, Any]:
     """Return a state as this version saves it; raise ValueError if its version is unknown or if parts are missing."""
     version = state_dict.get("version")
     if version is None and {*_NAMES.values(), "best"} <= state_dict.keys():
         tallies = {name: state_dict[old] for name, old in _NAMES.items()}
-        return {"tallies": tallies, "best_bits_per_token": state_dict["best"]}
+        return {"tallies": tallies, "best_bits_per_token": state_dict["best"], "groups": groups}  # It named none.
     if version != STATE_VERSION:
         raise ValueError(
             f"`state_dict` must be of version {STATE_VERSION}, which this release of xent_metrics saves, or of release "
             f"0.1.0, got version {version!r}; load it with the release that saved it, or start the run anew."
         )
-    missing = [name for name in ("tallies", "best_bits_per_token") if name not in state_dict]
+    missing = [name for name in ("groups", "tallies", "best_bits_per_token") if name not in state_dict]
     missing = missing or [f"tallies.{name}" for name in _NAMES if name not in state_dict["tallies"]]
     if missing:
         raise ValueError(

@@ -55,9 +55,9 @@ class ScoredBatch(NamedTuple):
         return self.loss.shape[1], self.loss.dtype, self.loss.device
 
     def copy(self) -> ScoredBatch:
-        """Return the batch with losses in memory of their own."""
+        """Return the batch with losses in memory of their own, without a graph."""
         # A compiled step may write the losses of every batch to the same memory. The rest is made anew for each batch.
-        loss = self.loss.clone()
+        loss = self.loss.detach().clone()
         return ScoredBatch(*(None if part is None else part._replace(loss=loss) for part in self))  # type: ignore[arg-type]
 
 

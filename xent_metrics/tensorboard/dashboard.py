@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from xent_metrics.tags import UNIFORM
+from xent_metrics.tags import ENDS, UNIFORM, Tag, parse_tag
 from xent_metrics.tensorboard.descriptions import describe_tag
 from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
 from xent_metrics.tensorboard.hparams import log_hparams
@@ -49,7 +49,6 @@ class Dashboard:
         self._groups = groups
         self._prefix = prefix
         self._logger_prefix = logger_prefix
-        self._charted_stages = (f"{prefix}train/", f"{prefix}val/")
         self._described: set[str] = set()
         self._layout: layout_pb2.Layout | None = None
         self._overlaid: dict[str, SummaryWriter] = {}
@@ -65,17 +64,20 @@ class Dashboard:
         if "descriptions" in self.parts:
             for tag in new:
                 _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix))
-        if "layout" in self.parts and any(tag.startswith(self._charted_stages) for tag in new):
+        parsed = (parse_tag(tag, self._prefix) for tag in new)
+        if "layout" in self.parts and any(tag is not None and tag.stage != "test" for tag in parsed):
             self._lay_out()
 
     def _lay_out(self) -> None:
         """Write the layout if it has changed."""
+        window, epoch = (Tag("train", f"cross_entropy{end}").text(self._prefix) in self._described for end in ENDS)
         layout = build_layout(
             self._readings,
             groups=self._groups,
-            loaders=any("/dataloader_idx_" in tag for tag in self._described),
+            loaders=any(tag.startswith(f"{self._prefix}val_by_loader/") for tag in self._described),
             intervals=f"{self._prefix}val/cross_entropy_lower" in self._described,
             overlay="overlay" in self.parts,
+            windows=window or not epoch,
             prefix=self._logger_prefix + self._prefix,
         )
         if layout != self._layout:
@@ -122,7 +124,7 @@ class Dashboard:
             pictures["interval"] = draw_interval(bounded, f"Validation: {caption}")
         page = stats.page(decode)
         if any(page.texts):
-            most = min(references.get(UNIFORM, 8.0), _MOST_BITS)
+            most = min(references.get(UNIFORM) or 8.0, _MOST_BITS)  # One class alone costs 0 bits.
             pictures["surprisal"] = draw_page(page, f"What each cost: {caption}", most)
         for name, png in pictures.items():
             self._add_picture(f"{self._prefix}val/{name}", png, history[-1].step)
@@ -142,13 +144,15 @@ class Dashboard:
         """Write the readings of a stage once more, in a run of its own under the same tags, hence in its own colour."""
         if "overlay" not in self.parts:
             return
-        tags = {f"{self._prefix}{stage}/{name}": self._logger_prefix + self._prefix + name for name in self._readings}
+        # Training that has no windows is drawn by its epochs.
+        tags = {Tag(stage, name + end).text(self._prefix): name for end in ENDS for name in self._readings}
+        overlaid = {tag: self._logger_prefix + self._prefix + name for tag, name in tags.items() if tag in values}
         if stage not in self._overlaid:
             self._overlaid[stage] = SummaryWriter(f"{self.writer.log_dir}/{stage}")
-            for tag, overlaid in tags.items() if "descriptions" in self.parts else ():
-                _describe(self._overlaid[stage], overlaid, describe_tag(tag, self._prefix))
-        for tag in tags.keys() & values.keys():
-            self._overlaid[stage].add_scalar(tags[tag], values[tag], step)
+            for tag, shown_as in overlaid.items() if "descriptions" in self.parts else ():
+                _describe(self._overlaid[stage], shown_as, describe_tag(tag, self._prefix))
+        for tag, shown_as in overlaid.items():
+            self._overlaid[stage].add_scalar(shown_as, values[tag], step)
 
     def flush(self) -> None:
         """Write everything to the files, where TensorBoard sees it."""

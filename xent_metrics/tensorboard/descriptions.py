@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from xent_metrics.reading_info import READINGS
-from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, UNIFORM, UNIGRAM
+from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, UNIFORM, UNIGRAM, parse_tag
 
 _DESCRIBED = (*LOGGED_READINGS, BITS_PER_BYTE, *BOUNDS)
 # These are read of several validations or of their targets, so nothing is said of what is pooled.
@@ -31,16 +29,15 @@ def describe_tag(tag: str, prefix: str = "") -> str | None:
     >>> describe_tag("val/best_bits_per_token")
     'The lowest `bits_per_token` of all validations of this run so far, in **bits**.'
     """
-    # A name is matched lazily, so that `_epoch` is no part of it.
-    found = re.fullmatch(r"(train|val|test)/([a-z_]+?)(_epoch)?(?:/(.+))?", tag.removeprefix(prefix))
-    if not found or not tag.startswith(prefix):
+    ours = parse_tag(tag, prefix)
+    if ours is None:
         return None
-    stage, name, suffix, part = found.groups()
+    name = ours.name.removesuffix("_epoch")
     if name not in _DESCRIBED:
         return _OF_VALIDATIONS.get(name)
-    pooled = _POOLED_OF_EPOCH if suffix == "_epoch" else _POOLED[stage]
-    if part:
-        of = f"loader {part.rpartition('_')[2]}" if part.startswith("dataloader_idx") else f"the group `{part}`"
+    pooled = _POOLED[ours.stage] if name == ours.name else _POOLED_OF_EPOCH
+    if ours.by:
+        of = f"loader {ours.part.rpartition('_')[2]}" if ours.by == "loader" else f"the group `{ours.part}`"
         pooled += f", but only those of {of}"
     if name in BOUNDS:
         pooled += "; the interval is that of a sample of sequences, not of tokens"

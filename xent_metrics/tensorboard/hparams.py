@@ -15,7 +15,13 @@ def log_hparams(writer: SummaryWriter, hparams: Mapping[str, Any], tags: Sequenc
     `SummaryWriter.add_hparams` would write to a run of its own, with a point of each tag.
     """
     plain = {
-        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in hparams.items()
+        _encodable(name): value if isinstance(value, bool | int | float) else _encodable(str(value))
+        for name, value in hparams.items()
     }
     for summary in hparams_summaries(plain, dict.fromkeys(tags, 0.0)):
         writer._get_file_writer().add_summary(summary, None)
+
+
+def _encodable(text: str) -> str:
+    """Return text that a file can hold: the name of a file may have bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -18,7 +18,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2, metadata
 from torch.utils.tensorboard import SummaryWriter
 
-from xent_metrics.tags import BOUNDED_READINGS, LOGGED_READINGS, UNIFORM, UNIGRAM
+from xent_metrics.tags import BOUNDED_READINGS, LOGGED_READINGS, UNIFORM, UNIGRAM, Tag
 
 
 def build_layout(
@@ -28,6 +28,7 @@ def build_layout(
     loaders: bool = False,
     intervals: bool = True,
     overlay: bool = False,
+    windows: bool = True,
     prefix: str = "",
 ) -> layout_pb2.Layout:
     """Return the charts of the Custom Scalars tab, the same for the same arguments.
@@ -39,6 +40,7 @@ def build_layout(
         intervals: Whether a validation has an interval. Without one, its chart would show an error.
         overlay: Whether training and validation are also runs of their own, which gives their lines two colours: all
             lines of one run have one colour, and differ by the marks of their points.
+        windows: Whether training has points within its epochs. Without them, those of its epochs are drawn.
         prefix: The text before all tags.
 
     Returns:
@@ -46,7 +48,8 @@ def build_layout(
     """
     category = layout_pb2.Category(title=f"Likelihood {prefix}".strip())
     for name in readings:
-        lines = [name] if overlay else [f"train/{name}", f"val/{name}"]
+        train = name if windows else f"{name}_epoch"
+        lines = [name] if overlay else [f"train/{train}", f"val/{name}"]
         if name == "bits_per_token":
             lines += [f"val/{UNIFORM}", f"val/{UNIGRAM}"]
         _add_lines(category, f"{name}: training, validation", (re.escape(prefix + line) for line in lines))
@@ -56,13 +59,14 @@ def build_layout(
             margin = layout_pb2.MarginChartContent(series=[series])
             category.chart.append(layout_pb2.Chart(title=f"{name}: validation with its interval", margin=margin))
         if loaders:
-            tags = rf"{re.escape(f'{prefix}val/{name}/')}dataloader_idx_\d+"
-            _add_lines(category, f"{name}: validation loaders", [tags])
+            any_loader = Tag("val", name, "loader", r"dataloader_idx_\d+").text(re.escape(prefix))
+            _add_lines(category, f"{name}: validation loaders", [any_loader])
         if groups:
-            any_group = "|".join(map(re.escape, groups))
-            for stage, words in (("val", "validation"), ("train", "training")):
-                tags = f"{re.escape(f'{prefix}{stage}/{name}/')}({any_group})"
-                _add_lines(category, f"{name}: groups in {words}", [tags])
+            names = "|".join(map(re.escape, groups))
+            # Groups have no points of epochs.
+            for stage, words in (("val", "validation"), *((("train", "training"),) if windows else ())):
+                any_group = Tag(stage, name, "group", f"({names})").text(re.escape(prefix))
+                _add_lines(category, f"{name}: groups in {words}", [any_group])
     return layout_pb2.Layout(category=[category])
 
 
