@@ -219,7 +219,11 @@ def read_mesh(rank: int) -> dict[str, Any]:
     return {"values": seen, "calls": calls}
 
 
-SPREAD = [name for name in METRICS if METRICS[name][1]["target"] == "target"]
+SPREAD = [
+    name
+    for name in METRICS  # Accuracy and entropy are of whole rows.
+    if METRICS[name][1]["target"] == "target" and not {"accuracy", "entropy"} & set(CASES[name].options)
+]
 
 SPREAD_FUNCTIONS = (
     "cross_entropy",
