@@ -63,9 +63,9 @@ class LinearLogits:
         On the CPU the time of `F.linear` and some 10 % more, and 66 MiB; more only above 129,024 classes (twice as many
         in half precision), as fewer than 128 rows at a time would be slow: 129 MiB for 256,000 classes in float32. On
         accelerators, where nothing was measured, 320 MiB. Under autocast, a copy of a weight that has another dtype
-        for each call. Targets that are `ignore_index` are not multiplied on the CPU; elsewhere the host would have to
-        wait to know them, and they are. `scale` and `softcap` work in place: they need no memory, and on the CPU some
-        5 % more time.
+        for each call. Targets that are `ignore_index` are not multiplied on the CPU, unless the weight is sharded;
+        elsewhere the host would have to wait to know them, and they are. `scale` and `softcap` work in place: they need
+        no memory, and on the CPU some 5 % more time.
 
     Raises:
         TypeError: Where it is used: if one of the three is no tensor of floats, if `hidden` is a DTensor, or if they
