@@ -371,6 +371,9 @@ def test_only_tallies_of_a_kind_are_added() -> None:
     for first, other in ((one, Tally.zero(num_tallies=2)), (groups, GroupTally.zero(33))):
         with pytest.raises(ValueError, match=r"`\+` must add tallies of one shape, got \(\d+"):
             first + other
+    for first, other in ((one, Tally.zero("meta")), (GroupTally.zero(34, "meta"), groups)):
+        with pytest.raises(ValueError, match=r"`\+` must add tallies on one device, got \w+ and \w+; move"):
+            first + other
     for wrong in (groups.state.float(), groups.state[:-1], groups.state[0]):
         with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of 18 rows, got"):
             GroupTally(wrong)
