@@ -241,7 +241,7 @@ def test_large_batches_split_anywhere() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_totals_just_below_the_bound(sign: int) -> None:
-    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign."""
+    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign; then they wrap."""
     largest = sign * math.nextafter(LIMIT, 0.0)
     tally = tally_of(torch.tensor([largest], dtype=torch.float64))
     for doubling in range(1, 34):
@@ -253,6 +253,7 @@ def test_totals_just_below_the_bound(sign: int) -> None:
 
     assert reading.cross_entropy == largest
     assert (tally + Tally(-tally.state)).totals() == Tally.zero().totals()
+    assert (tally + tally).totals().loss == (units(largest) << 34) - sign * 2 ** (128 + 64)
 
 
 @pytest.mark.parametrize("loss", [2.0**26 - 2.0**-26, -(2.0**26) + 2.0**-26, -(2.0**-64), 2.0**60])
