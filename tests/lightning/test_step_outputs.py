@@ -146,7 +146,7 @@ def test_what_cannot_be_tallied_is_not_tried_again() -> None:
     keep(reader, pool, batch)
     pool.tallies()
     pool.keep(ScoredBatch(TargetLosses(batch["losses"].to("meta"))))
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(ValueError, match="must add tallies on one device"):
         pool.tallies()
     assert pool.tallies()[0].unbind()[0].totals().scored == 4
 
@@ -175,11 +175,27 @@ def test_outputs_on_another_device_are_refused(kind: str, own: str, other: str) 
             reader.read("test_step", outputs_on(other), None)
 
 
+@pytest.mark.parametrize("kind", ["losses", "logits"])
+@pytest.mark.parametrize("groups", [None, ["a"]])
+def test_what_is_no_tensor_is_refused(kind: str, groups: Any) -> None:
+    """The error names the step and the part, whatever else the form has."""
+    for name, value, fix in (
+        (kind, None, "convert it with torch.as_tensor"),
+        (kind, (torch.rand(2, 3),), "pass one of its tensors, or torch.cat of them"),
+        ("target", [[0, 0, 0]] * 2, "convert it with torch.as_tensor"),
+    ):
+        form = ON_A_DEVICE[kind]()
+        form = {kind: form[kind], "target": form.get("target", form.get("labels")), "group": "a", name: value}
+        message = f'val_step must return a tensor as "{name}", got {type(value).__name__}; {fix}.'
+        with pytest.raises(TypeError, match=message):
+            make_reader(groups=groups).read("val_step", form, None)
+
+
 def test_targets_and_bytes_on_another_device_are_refused() -> None:
-    """Targets name both devices too; a table, groups and numbers of targets are moved."""
+    """Targets are too; a table, groups and numbers of targets are moved."""
     batch = {name: x.to("meta") if name != "logits" else x for name, x in ON_A_DEVICE["logits"]().items()}
-    with pytest.raises(ValueError, match="`preds` and `target` must be on one device, got cpu and meta"):
-        keep(make_reader(), Pool(make_reader().zero()), batch)
+    with pytest.raises(ValueError, match='test_step must return "target" on the device of the Trainer, cpu, got meta'):
+        make_reader().read("test_step", batch, None)
     reader = make_reader(token_bytes=BYTES, groups=["a", "b"])
     reader.to(torch.device("meta"))
     outputs = {name: x.to("meta") for name, x in ON_A_DEVICE["logits"]().items()}

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
-from xent_metrics._validate import as_num_classes, as_plain, as_token_table, describe, is_integer, is_integral
+from xent_metrics._validate import (
+    as_num_classes,
+    as_plain,
+    as_tensor_hint,
+    as_token_table,
+    describe,
+    is_integer,
+    is_integral,
+)
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.import_path import as_function
 from xent_metrics.losses.input_hint import input_mismatch_hint
@@ -114,7 +122,7 @@ class OutputReader:
         """Return what a step returned in one of the three forms.
 
         Raises:
-            TypeError: If a mean or its count is no number.
+            TypeError: If a part of it is no tensor, or a count no number.
             ValueError: If it is in none of them, or on another device.
         """
         source = step if self.extract is None else f"`extract`, called after {step},"
@@ -124,12 +132,13 @@ class OutputReader:
             group = form.get("group")
             for kind, options in self._options.items():
                 if kind in form and target is not None and (group is not None or not self.groups):
-                    self._check_device(source, kind, form[kind])
+                    self._check_tensor(source, kind, form[kind])
+                    self._check_tensor(source, "target", target)
                     group = self._as_group(group, target, options) if self.groups else None
                     return StepOutputs(form[kind], target, group, options, source)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
                 mean = _as_mean(source, form["loss"], form["num_tokens"])
-                self._check_device(source, "loss", mean.loss)
+                self._check_tensor(source, "loss", mean.loss)
                 self.reads_means = True  # There will be no intervals.
                 return mean
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
@@ -149,9 +158,13 @@ class OutputReader:
         if found:
             rank_zero_warn(f'{source} returned "logits" that {found}', UserWarning)
 
-    def _check_device(self, source: str, name: str, values: Any) -> None:
-        """Raise unless a tensor is where the tallies are; what is no tensor raises later."""
-        if isinstance(values, Tensor | LinearLogits) and values.device != self.device:
+    def _check_tensor(self, source: str, name: str, values: Any) -> None:
+        """Raise unless a value is a tensor, or `LinearLogits`, where the tallies are."""
+        if not isinstance(values, Tensor | LinearLogits):
+            raise TypeError(
+                f'{source} must return a tensor as "{name}", got {type(values).__name__}; {as_tensor_hint(values)}.'
+            )
+        if values.device != self.device:
             raise ValueError(
                 f'{source} must return "{name}" on the device of the Trainer, {self.device}, got {values.device}; '
                 "return what the model made, where it is."
