@@ -705,7 +705,8 @@ def unmapped() -> Iterator[Any]:
 @pytest.mark.parametrize(("tokenizer", "reason"), list(unmapped()))
 def test_tokens_that_are_not_known_to_be_text(tokenizer: Any, reason: str) -> None:
     """Where the bytes of a token would be a guess, the error says why, and what to do."""
-    with pytest.raises(ValueError, match=f"`tokenizer` must .*got .*{reason}.*; build the table yourself and pass it"):
+    fix = "build the table yourself and pass it as `token_bytes=`, or pass `num_bytes=` to the metric's update"
+    with pytest.raises(ValueError, match=f"`tokenizer` must .*got .*{reason}.*; {fix}"):
         token_byte_lengths(tokenizer)
 
 
