@@ -17,8 +17,8 @@ LIBRARY = "xent_metrics"
 # A module or folder of the library imports those before it, and its own siblings.
 LAYERS = (
     "distributed", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals", "reading_info",
-    "readings", "metrics", "functional", "token_bytes", "token_windows", "packing", "tags", "validation_stats",
-    "tensorboard", "lightning",
+    "readings", "metrics", "functional", "_tokenizers", "token_bytes", "token_windows", "packing", "tags",
+    "validation_stats", "tensorboard", "lightning",
 )  # fmt: skip
 LONGEST, LONGEST_MEDIAN = 450, 270
 

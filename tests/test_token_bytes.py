@@ -67,6 +67,12 @@ class Wrapped:
         return self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
+class Frame(list[str]):
+    """A table of pandas, which iterates over the names of its columns."""
+
+    columns = ("text",)
+
+
 class Slow:
     """The same of a slow one, which has no backend: a tokenizer of ASCII."""
 
@@ -361,6 +367,29 @@ def test_special_token_of_tiktoken_with_the_text_of_an_ordinary_one() -> None:
     assert token_byte_lengths(encoding)[[97, 256]].tolist() == [1, 0]
 
 
+class OldEncoding:
+    """What tiktoken 0.5 has of what is used, and 0.9, whose `is_special_token` fails."""
+
+    def __init__(self, encoding: tiktoken.Encoding) -> None:
+        """Take over the attributes of an encoding."""
+        self.n_vocab, self._special_tokens = encoding.n_vocab, encoding._special_tokens
+        self.decode_single_token_bytes = encoding.decode_single_token_bytes
+        self.encode_ordinary = encoding.encode_ordinary
+
+    def is_special_token(self, token: int) -> bool:
+        """Fail."""
+        raise AttributeError("_special_token_values")
+
+
+def test_old_releases_of_tiktoken() -> None:
+    """They have the same table, and the same check."""
+    old: Any = OldEncoding(tik())
+    assert token_byte_lengths(old).tolist() == token_byte_lengths(tik()).tolist()
+    check_token_bytes(old, TEXTS)
+    del OldEncoding.is_special_token
+    assert token_byte_lengths(old).tolist() == token_byte_lengths(tik()).tolist()
+
+
 def test_holes_of_a_fast_tokenizer() -> None:
     """Ids without a token are 0, and the table goes up to the largest id."""
     assert token_byte_lengths(Tokenizer(models.WordLevel({"ab": 1, "é": 4}, unk_token="x"))).tolist() == [0, 2, 0, 0, 2]
@@ -394,6 +423,42 @@ def test_added_runs_of_spaces_that_the_model_has_too() -> None:
     assert length_of(tokenizer, MARK * 2, MARK * 4) == [2, 4]
     assert tokenizer.token_to_id(MARK * 2) in encode(tokenizer, "hello  漢")
     check_token_bytes(tokenizer, ["hello  漢"])
+
+
+def normalised() -> Iterator[Any]:
+    """Tokenizers, tokens that are added to them, texts without an error of their own, and what each token is then."""
+    replace = normalizers.Replace(" ", MARK)
+    yield pytest.param(byte_fallback, [MARK * 3, MARK + "zz", " yy"], "a   zz b zz yy", [3, 3, 3], id="Gemma")
+    as_written = [AddedToken(MARK * 3, normalized=False), AddedToken(MARK + "zz", normalized=False)]
+    yield pytest.param(byte_fallback, as_written, f"a  b{MARK * 3}zz{MARK}zz", [9, 5], id="Gemma, as written")
+    yield pytest.param(unigram, [MARK + "zz", "  "], f"hello zz{MARK}zz  h", [5, 2], id="Metaspace, as written")
+    by_pattern = normalizers.Replace(Regex(r"\s"), MARK)
+    yield pytest.param(lambda: byte_fallback(by_pattern), [MARK + "zz"], "a\n\tzz", [3], id="a pattern of spaces")
+    strip = normalizers.Sequence([normalizers.Strip(), replace])
+    yield pytest.param(lambda: byte_fallback(strip), [" zz"], "hello zz zzh", [2], id="stripped")
+    yield pytest.param(lambda: byte_level_in("normalizer"), ["né", " né"], "né né", [3, 4], id="byte-level normaliser")
+
+
+@pytest.mark.parametrize(("make", "tokens", "text", "expected"), list(normalised()))
+def test_added_tokens_that_are_looked_for_in_normalised_text(
+    make: Any, tokens: list[Any], text: str, expected: list[int]
+) -> None:
+    """They are normalised too: where the normaliser makes U+2581 of a space, it is one. The text is all there."""
+    tokenizer = make()
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(tokens)
+    assert token_byte_lengths(tokenizer)[size:].tolist() == expected
+    assert {*range(size, size + len(tokens))} <= {*encode(tokenizer, text)}
+    check_token_bytes(tokenizer, [text])
+
+
+def test_added_token_behind_a_prefix_that_the_normaliser_puts_in_front() -> None:
+    """Llama 2 looks for ` zz` if `zz` is added: with the space in front of the text, each is a byte too many."""
+    tokenizer = llama2()
+    tokenizer.add_tokens(["zz"])
+    assert length_of(tokenizer, "zz") == [3]
+    with pytest.raises(ValueError, match="got 8 in 'hello zz' and 9 in its tokens"):
+        check_token_bytes(tokenizer, ["hello zz"])
 
 
 def test_added_special_token_in_the_vocabulary() -> None:
@@ -526,6 +591,9 @@ def test_a_table_of_ones_own() -> None:
         ((["a", 3],), TypeError, "`texts` must hold strings, got int 3"),
         (([[1, 2]],), TypeError, r"`texts` must hold strings, got list \[1, 2\]"),
         (([],), ValueError, "`texts` must hold at least one text, got none"),
+        (({"text": ["a", "b"]},), TypeError, r"`texts` must be a list of strings, got dict of col.*texts\['text'\]"),
+        ((Frame(),), TypeError, "`texts` must be a list of strings, got Frame of columns"),
+        ((["a", "h\ud83d"],), ValueError, r"`texts` must hold text that has UTF-8, got .* '\\ud83d' at index 1;"),
     ],
 )
 def test_arguments_of_the_check(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
@@ -534,6 +602,46 @@ def test_arguments_of_the_check(arguments: tuple[Any, ...], error: type[Exceptio
     assert encode(tokenizer, "a") == [64]
     with pytest.raises(error, match=message):
         check_token_bytes(tokenizer, *arguments)
+
+
+OF_A_TABLE = "a table in which a space or a part of a character has several bytes"
+
+
+def test_a_vocabulary_without_a_token_for_the_space() -> None:
+    """Each space is then three tokens of a byte, which count three where the text has one: no table can mend that."""
+    tokenizer = byte_fallback()
+    pipeline = json.loads(tokenizer.to_str())
+    for piece in [x for x in PIECES if MARK in x]:
+        del pipeline["model"]["vocab"][piece]
+    pipeline["model"]["merges"] = [pair for pair in MERGES if MARK not in "".join(pair)]
+    tokenizer = Tokenizer.from_str(json.dumps(pipeline))
+    assert [tokenizer.id_to_token(i) for i in encode(tokenizer, " h")] == ["<0xE2>", "<0x96>", "<0x81>", "h"]
+    for one in (tokenizer, Wrapped(tokenizer)):
+        with pytest.raises(ValueError, match="got 7 in 'hello h' and 9 in its tokens") as caught:
+            check_token_bytes(one, ["hello", "hello h"])
+        assert f"likely because of spaces that become '{MARK}', for which the vocabulary has no" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["byte fallback", "byte fallback, transformers"])
+def test_a_table_that_counts_the_leading_space_twice(kind: str) -> None:
+    """Once as U+2581 in the piece, and once more because the piece begins with it."""
+    tokenizer = LOSSLESS[kind]()
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    table = token_byte_lengths(tokenizer)
+    for piece, token in backend.get_vocab().items():
+        table[token] += piece.startswith(MARK)
+    with pytest.raises(ValueError, match="got 11 in 'hello hello' and 12 in its") as caught:
+        check_token_bytes(tokenizer, ["hello hello"], table)
+    assert OF_A_TABLE in str(caught.value)
+
+
+def test_a_table_in_which_tokens_of_a_byte_count_three() -> None:
+    """As they do where each is decoded to U+FFFD."""
+    table = token_byte_lengths(byte_fallback())
+    table[[byte_fallback().token_to_id(piece) for piece in FALLBACK]] = 3
+    with pytest.raises(ValueError, match="got 4 in 'x é' and 6 in its") as caught:
+        check_token_bytes(byte_fallback(), ["x é"], table)
+    assert OF_A_TABLE in str(caught.value)
 
 
 @pytest.mark.parametrize("other", ["gpt2", None, {"a": 0}, Slow(), object()], ids=lambda x: type(x).__name__)
@@ -597,7 +705,8 @@ def unmapped() -> Iterator[Any]:
 @pytest.mark.parametrize(("tokenizer", "reason"), list(unmapped()))
 def test_tokens_that_are_not_known_to_be_text(tokenizer: Any, reason: str) -> None:
     """Where the bytes of a token would be a guess, the error says why, and what to do."""
-    with pytest.raises(ValueError, match=f"`tokenizer` must .*got .*{reason}.*; build the table yourself and pass it"):
+    fix = "build the table yourself and pass it as `token_bytes=`, or pass `num_bytes=` to the metric's update"
+    with pytest.raises(ValueError, match=f"`tokenizer` must .*got .*{reason}.*; {fix}"):
         token_byte_lengths(tokenizer)
 
 

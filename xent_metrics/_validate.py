@@ -7,6 +7,7 @@ is given once, such as a class weight; those of a batch get a status each (`loss
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -25,6 +26,8 @@ BYTES_LIMIT = 2**47
 """Numbers of bytes of a batch are below this, so that they can be summed for ever."""
 
 _TOKEN_BYTES_LIMIT = 2**24  # Exact in float32 too.
+
+TO_BINARY = "one column of scores with yes-or-no targets goes to BinaryCrossEntropy"
 
 
 def on_host(values: Any) -> Any:
@@ -112,9 +115,12 @@ def check_tensors(
     """Raise on dtypes, shapes and devices that do not fit, and say what would."""
     _check_pair(preds, target, may_be_spread=("preds",))
     if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(
-            f"`target` must hold integers (or floats for soft targets), got {target.dtype}; convert it with .long()."
+        fix = (
+            TO_BINARY
+            if target.dtype == torch.bool and preds.shape[class_dim:][:1] == (1,)
+            else "convert it with .long()"
         )
+        raise TypeError(f"`target` must hold integers (or floats for soft targets), got {target.dtype}; {fix}.")
     if input == "losses":
         _check_losses(preds, target)
         return
@@ -144,9 +150,9 @@ def check_binary(preds: Tensor, target: Tensor, pos_weight: Tensor | None) -> No
     if target.is_complex():
         raise TypeError(f"`target` must hold 0, 1 or numbers between them, got {target.dtype}.")
     if preds.shape != target.shape:
+        fix = _reshaping("target", target.shape, preds.shape) or "two columns of scores go to CrossEntropy"
         raise ValueError(
-            f"`preds` and `target` must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; two "
-            "columns of scores go to CrossEntropy."
+            f"`preds` and `target` must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; {fix}."
         )
     if pos_weight is not None:
         check_device("pos_weight", pos_weight, preds)
@@ -159,6 +165,7 @@ def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) 
         own in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
     )
     if not fits:
+        hint = _reshaping(name, value.shape, shape) or hint
         raise ValueError(
             f"`{name}` must be broadcastable to target's shape {tuple(shape)}, got {tuple(value.shape)}; {hint}."
         )
@@ -241,7 +248,7 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size, preds: Tensor) -> None:
 def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = ()) -> None:
     for name, value in (("preds", preds), ("target", target)):
         if not isinstance(value, Tensor):
-            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor.")
+            raise TypeError(f"`{name}` must be a tensor, got {type(value).__name__}; {as_tensor_hint(value)}.")
         if is_dtensor(value) and name not in may_be_spread:
             raise TypeError(f"`{name}` must be a plain tensor, got a DTensor; pass its to_local() or full_tensor().")
         _check_dense(name, value)
@@ -253,6 +260,18 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
         raise ValueError(
             f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."
         )
+
+
+def as_tensor_hint(value: Any, parts: tuple[str, ...] = ("logits", "data")) -> str:
+    """Return how to get a tensor of what was passed for one; `parts` are attributes that may be it."""
+    for part in parts:
+        if isinstance(getattr(value, part, None), Tensor):
+            return f"pass its .{part}"
+    if isinstance(value, Mapping):
+        return f"pass one of its values, which are {[*value][:9]}"
+    if isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
+        return "pass one of its tensors, or torch.cat of them"
+    return "convert it with torch.as_tensor"
 
 
 def check_not_nested(name: str, value: Any) -> None:
@@ -283,9 +302,11 @@ def _check_losses(preds: Tensor, target: Tensor) -> None:
     if target.is_floating_point():
         raise TypeError(f"`target` must hold integers with `input='losses'`, got {target.dtype}: it gives the mask.")
     if preds.shape != target.shape:
+        fix = _reshaping("target", target.shape, preds.shape)
+        fix = fix or "compute them with reduction='none', or pass `input='logits'`"
         raise ValueError(
             f"`preds` must have target's shape with `input='losses'`, got {tuple(preds.shape)} and "
-            f"{tuple(target.shape)}; compute them with reduction='none', or pass `input='logits'`."
+            f"{tuple(target.shape)}; {fix}."
         )
 
 
@@ -295,7 +316,8 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
         if target.shape == preds.shape:
             return
         if target.shape == expected:
-            raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; convert it with .long().")
+            fix = TO_BINARY if preds.shape[class_dim] == 1 else "convert it with .long()"
+            raise TypeError(f"`target` must hold integer class indices, got {target.dtype}; {fix}.")
         raise ValueError(
             f"`target` of dtype {target.dtype} is read as soft targets and must have preds' shape "
             f"{tuple(preds.shape)}, got {tuple(target.shape)}; pass class indices as integers."
@@ -303,15 +325,18 @@ def _check_shapes(preds: Tensor, target: Tensor, class_dim: int) -> None:
     if target.shape != expected:
         raise ValueError(
             f"`target` must have the shape {tuple(expected)} for `preds` of shape {tuple(preds.shape)} with classes on "
-            f"dimension {class_dim}, got {tuple(target.shape)}; {_shape_hint(preds.shape, target.shape, expected)}."
+            f"dimension {class_dim}, got {tuple(target.shape)}; {_shape_hint(preds.shape, target.shape, class_dim)}."
         )
 
 
-def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> str:
+def _shape_hint(preds: torch.Size, target: torch.Size, class_dim: int) -> str:
     """Return which change would make the shapes fit."""
+    expected = without(preds, class_dim)
     fitting = [dim for dim in range(len(preds)) if without(preds, dim) == target]
     if fitting:
         return f"it would fit with class_dim={fitting[0]}"
+    if target == preds and preds[class_dim] == 1:
+        return TO_BINARY
     if target == preds:
         return (
             "integers of preds' shape look like one-hot targets: pass their argmax, or floats for soft targets; losses "
@@ -325,7 +350,21 @@ def _shape_hint(preds: torch.Size, target: torch.Size, expected: torch.Size) -> 
                 f"they are one apart in time: to score each position's next target pass {longer}, or both as they came "
                 "from the model and the data with shift=True"
             )
+    for dim in (class_dim % len(preds), *range(len(preds))):
+        change = _reshaping("target", target, without(preds, dim))
+        if change:
+            return change if dim == class_dim % len(preds) else f"{change}, and class_dim={dim}"
     return "give every row of classes in `preds` one target"
+
+
+def _reshaping(name: str, shape: torch.Size, wanted: torch.Size) -> str:
+    """Return what to pass if shapes differ by a dimension of 1 only; otherwise an empty string."""
+    longer, shorter = (shape, wanted) if len(shape) > len(wanted) else (wanted, shape)
+    for dim in reversed(range(len(longer))):
+        if longer[dim] == 1 and without(longer, dim) == shorter:
+            method = "squeeze" if longer is shape else "unsqueeze"
+            return f"pass {name}.{method}({dim if dim < len(longer) - 1 else -1})"
+    return ""
 
 
 def describe(value: Any) -> str:

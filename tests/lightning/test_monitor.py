@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
+import numpy as np
 import pytest
 import pytorch_lightning
 import torch
@@ -237,6 +238,15 @@ def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatc
     cli = importlib.import_module(f"{package}.cli").LightningCLI
     again = cli(type(first.model), type(first.datamodule), args=["fit", f"--config={tmp_path / 'again.yaml'}"])
     assert points_of_csv(again.trainer.logger.log_dir) == points
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """A monitor that is made of them is configured as one that was given Python's."""
+    plain = CrossEntropyMonitor(class_dim=1, ignore_index=-1, num_classes=5, confidence=0.5)
+    numbers: dict[str, Any] = {"class_dim": np.int64(1), "ignore_index": np.int8(-1), "num_classes": np.array(5)}
+    monitor = CrossEntropyMonitor(**numbers, confidence=np.float32(0.5))
+    assert monitor.state_key == plain.state_key
+    assert type(monitor.confidence) is float
 
 
 def test_no_index_may_be_ignored(tmp_path) -> None:

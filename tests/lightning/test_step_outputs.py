@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +13,8 @@ from tests.conftest import Operators
 from xent_metrics import LinearLogits, Tally, functional
 from xent_metrics.lightning.step_outputs import OutputReader, StepOutputs
 from xent_metrics.lightning.windows import Pool
+from xent_metrics.losses.score import ScoredBatch
+from xent_metrics.losses.target_losses import TargetLosses
 
 K, BYTES = 7, [1, 2, 0, 3, 1, 1, 4]
 
@@ -140,7 +145,110 @@ def test_what_cannot_be_tallied_is_not_tried_again() -> None:
     batch = {"losses": torch.rand(1, 4), "target": torch.zeros(1, 4, dtype=torch.int64)}
     keep(reader, pool, batch)
     pool.tallies()
-    keep(reader, pool, {name: x.to("meta") for name, x in batch.items()})
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    pool.keep(ScoredBatch(TargetLosses(batch["losses"].to("meta"))))
+    with pytest.raises(ValueError, match="must add tallies on one device"):
         pool.tallies()
     assert pool.tallies()[0].unbind()[0].totals().scored == 4
+
+
+ON_A_DEVICE: dict[str, Any] = {
+    "losses": lambda: {"losses": torch.rand(2, 3), "target": torch.zeros(2, 3, dtype=torch.int64)},
+    "logits": lambda: {"logits": torch.randn(2, 3, K), "labels": torch.zeros(2, 3, dtype=torch.int64)},
+    "loss": lambda: {"loss": torch.rand(()), "num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize(("own", "other"), [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("kind", ON_A_DEVICE)
+def test_outputs_on_another_device_are_refused(kind: str, own: str, other: str) -> None:
+    """The error names the step, what it returned, and both devices; what is where the Trainer is, is taken."""
+
+    def outputs_on(device: str) -> dict[str, Any]:
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in ON_A_DEVICE[kind]().items()}
+
+    for extract, source in ((None, "test_step"), (lambda outputs, _: outputs, "`extract`, called after test_step,")):
+        reader = make_reader(extract=extract)
+        reader.to(torch.device(own))
+        reader.read("test_step", outputs_on(own), None)
+        message = f'{source} must return "{kind}" on the device of the Trainer, {own}, got {other}; return what'
+        with pytest.raises(ValueError, match=message):
+            reader.read("test_step", outputs_on(other), None)
+
+
+@pytest.mark.parametrize("kind", ["losses", "logits"])
+@pytest.mark.parametrize("groups", [None, ["a"]])
+def test_what_is_no_tensor_is_refused(kind: str, groups: Any) -> None:
+    """The error names the step and the part, whatever else the form has."""
+    for name, value, fix in (
+        (kind, None, "convert it with torch.as_tensor"),
+        (kind, (torch.rand(2, 3),), "pass one of its tensors, or torch.cat of them"),
+        ("target", [[0, 0, 0]] * 2, "convert it with torch.as_tensor"),
+    ):
+        form = ON_A_DEVICE[kind]()
+        form = {kind: form[kind], "target": form.get("target", form.get("labels")), "group": "a", name: value}
+        message = f'val_step must return a tensor as "{name}", got {type(value).__name__}; {fix}.'
+        with pytest.raises(TypeError, match=message):
+            make_reader(groups=groups).read("val_step", form, None)
+
+
+def test_targets_and_bytes_on_another_device_are_refused() -> None:
+    """Targets are too; a table, groups and numbers of targets are moved."""
+    batch = {name: x.to("meta") if name != "logits" else x for name, x in ON_A_DEVICE["logits"]().items()}
+    with pytest.raises(ValueError, match='test_step must return "target" on the device of the Trainer, cpu, got meta'):
+        make_reader().read("test_step", batch, None)
+    reader = make_reader(token_bytes=BYTES, groups=["a", "b"])
+    reader.to(torch.device("meta"))
+    outputs = {name: x.to("meta") for name, x in ON_A_DEVICE["logits"]().items()}
+    form = reader.read("test_step", {**outputs, "group": torch.tensor([0, 1])}, None)
+    assert isinstance(form, StepOutputs)
+    assert all(tally.state.is_meta for tally in reader.tally_by_group(form, reader.score(form)))
+
+
+def warned(reader: OutputReader, step: str, logits: Any, **others: Any) -> list[str]:
+    """Return the warnings of a batch."""
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        form = reader.read(step, {"logits": logits, "target": target, **others}, None)
+        assert isinstance(form, StepOutputs)
+        reader.score(form)
+    assert all(w.category is UserWarning for w in caught)
+    return [str(w.message) for w in caught]
+
+
+LOOK = 'returned "logits" that look like probabilities (in [0, 1], with sums of 1) but are read as logits; return their'
+
+
+def test_logits_that_look_like_probabilities_warn_once_for_each_step() -> None:
+    """The first batch of each step is looked at, as a metric looks at its first one, and no later one."""
+    scores = torch.randn(4, 5, K)
+    probs, reader = scores.softmax(-1), make_reader()
+    assert warned(reader, "validation_step", probs[:0]) == []
+    [message] = warned(reader, "validation_step", probs)
+    assert message == f"validation_step {LOOK} logarithms, or logits."
+    assert warned(reader, "validation_step", probs) == warned(reader, "training_step", scores) == []
+    assert warned(reader, "training_step", probs) == warned(reader, "test_step", probs.log()) == []
+    assert len(warned(make_reader(extract=lambda outputs, _: outputs), "test_step", probs)) == 1
+    assert len(warned(make_reader(shift=True), "test_step", probs)) == 1
+    assert warned(make_reader(), "test_step", LinearLogits(torch.eye(K), torch.eye(K))) == []
+
+
+def test_a_refused_batch_is_not_the_first_of_a_step() -> None:
+    """What raised was not looked at, and losses neither."""
+    reader, probs = make_reader(), torch.randn(4, 5, K).softmax(-1)
+    with pytest.raises(ValueError, match="`target` must"):
+        warned(reader, "test_step", probs, target=torch.full((4, 5), K))
+    keep(reader, Pool(reader.zero()), {"losses": torch.rand(1, 4), "target": torch.zeros(1, 4, dtype=torch.int64)})
+    assert len(warned(reader, "test_step", probs)) == len(warned(reader, "training_step", probs)) == 1
+
+
+def test_the_look_asks_no_accelerator(operators: Operators, hidden_values: None) -> None:
+    """There nothing is looked at, and a first batch is as many operators as a later one."""
+    reader, probs, counts = make_reader(), torch.randn(4, 5, K).softmax(-1), []
+    warned(make_reader(), "test_step", probs)  # Constants are copied once.
+    for _ in range(3):
+        operators.counts.clear()
+        with operators:
+            assert warned(reader, "test_step", probs) == []
+        counts.append(operators.counts.total())
+    assert counts[0] == counts[1] == counts[2] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import UserDict
 from collections.abc import Sequence
 from typing import Any
@@ -63,6 +64,22 @@ def test_an_accelerator_is_not_asked_until_a_log_point(tmp_path, stage, seen) ->
     with pytest.raises(ValueError, match=r"`target` must hold class indices.* but 16 targets were outside; map them"):
         run(module, ragged_loader(3 if stage != "train" else NUM_TRAIN))
     assert len(module.train_batches if stage == "train" else module.evaluations[0][0]) == seen
+
+
+@pytest.mark.parametrize("stage", ["train", "val", "test"])
+def test_probabilities_as_logits_are_told(tmp_path, stage) -> None:
+    """From the first batch, once, and the run goes on."""
+
+    def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
+        return outputs | {"logits": outputs["logits"].softmax(-1)} if of == stage else outputs
+
+    module, trainer = Model("logits", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
+    run = {"train": trainer.fit, "val": trainer.validate, "test": trainer.test}[stage]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=".*look like")
+        run(module, ragged_loader(3))
+    assert len([w for w in caught if '_step returned "logits" that look like probabilities' in str(w.message)]) == 1
+    assert monitored(trainer, stage)
 
 
 def test_what_has_no_target_reads_nan(tmp_path) -> None:

@@ -29,7 +29,9 @@ from xent_metrics import BinaryCrossEntropy, functional
 
 # Shapes.
 
-A_SHAPE = "a target one longer than `preds` in time, classes on another dimension, one-hot integers, ..."
+A_SHAPE = (
+    "a target one longer than `preds` in time, classes on another dimension, a dimension of 1, one-hot integers, ..."
+)
 
 SHAPES = [
     ((2, 7, K), (2, 8), "one apart in time: to score each position's next target pass target[:, 1:], or"),
@@ -37,6 +39,7 @@ SHAPES = [
     ((2, K, 3), (2, 3), "class_dim=1"),
     ((K, 2, 3), (2, 3), "class_dim=0"),
     ((2, 3, K), (2, 3, K), "one-hot targets: pass their argmax"),
+    ((2, 3, K), (2, 3, 1), "pass target.squeeze(-1)"),
     ((2, 3, K), (6,), "give every row of classes"),
     ((2, 3, K), (), "give every row of classes"),
     ((6, K), (2, 3), "give every row of classes"),

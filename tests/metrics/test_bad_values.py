@@ -88,8 +88,11 @@ CASES = [
         for bad in (1.5, -0.25, math.inf, -math.inf)
     ),
     *(
-        Case(SOFT, "target", torch.tensor(bad), "with a sum of 1, got 1 that do not, .*; divide them", soft=True)
-        for bad in ([0.5, 0.4, 0.0, 0.0], [-0.5, 1.5, 0.0, 0.0], [math.nan, 1.0, 0.0, 0.0], [0.0] * 4, [1.0] * 4)
+        Case(SOFT, "target", torch.tensor(bad), f"with a sum of 1, got 1 that do not, .*; {fix}", soft=True)
+        for bad, fix in (
+            *((x, "divide them") for x in ([0.5, 0.4, 0.0, 0.0], [math.nan, 1.0, 0.0, 0.0], [0.0] * 4, [1.0] * 4)),
+            ([-0.5, 1.5, 0.0, 0.0], "pass their softmax"),
+        )
     ),
     *(
         Case(["BinaryCrossEntropy"], "target", bad, f"got 1 that are neither, such as {bad}; {fix}")

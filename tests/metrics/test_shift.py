@@ -149,3 +149,20 @@ def test_shift_copies_no_logits(class_dim: int, peak_bytes: Callable[[Callable[[
     metric = CrossEntropyReport(shift=True, class_dim=class_dim)
     peak = peak_bytes(lambda: metric.update(preds, target))
     assert peak < 5 * 2**20 + 64 * target.numel() < preds.numel() * 4
+
+
+def test_padding_on_the_left() -> None:
+    """The first label of a sequence has only padding before it: a step is scored if both of its ends are there."""
+    lengths, size = (3, 6, 5), 6
+    preds, target = torch.randn(3, size, K), torch.randint(K, (3, size))
+    mask = torch.stack([torch.arange(size) >= size - length for length in lengths])
+    losses = [losses_of(preds[i, -n:][:-1], target[i, -n:][1:]) for i, n in enumerate(lengths)]
+    expected = torch.cat(losses).mean().item()
+    shifted, cut, first_too = CrossEntropyReport(shift=True), CrossEntropyReport(), CrossEntropyReport(shift=True)
+    for attention in (mask, mask.long()):
+        shifted.update(preds, target, weight=attention * attention.roll(1, -1))
+        cut.update(preds[:, :-1], target[:, 1:], weight=attention[:, 1:] * attention[:, :-1])
+        first_too.update(preds, target, weight=attention)
+    assert shifted.compute()["cross_entropy"].item() == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(shifted.tally.state, cut.tally.state)
+    assert shifted.compute()["num_tokens"] == 2 * (2 + 5 + 4) == first_too.compute()["num_tokens"] - 2 * 2

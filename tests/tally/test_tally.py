@@ -241,7 +241,7 @@ def test_large_batches_split_anywhere() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_totals_just_below_the_bound(sign: int) -> None:
-    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign."""
+    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign; then they wrap."""
     largest = sign * math.nextafter(LIMIT, 0.0)
     tally = tally_of(torch.tensor([largest], dtype=torch.float64))
     for doubling in range(1, 34):
@@ -253,6 +253,7 @@ def test_totals_just_below_the_bound(sign: int) -> None:
 
     assert reading.cross_entropy == largest
     assert (tally + Tally(-tally.state)).totals() == Tally.zero().totals()
+    assert (tally + tally).totals().loss == (units(largest) << 34) - sign * 2 ** (128 + 64)
 
 
 @pytest.mark.parametrize("loss", [2.0**26 - 2.0**-26, -(2.0**26) + 2.0**-26, -(2.0**-64), 2.0**60])
@@ -370,6 +371,9 @@ def test_only_tallies_of_a_kind_are_added() -> None:
             first + other
     for first, other in ((one, Tally.zero(num_tallies=2)), (groups, GroupTally.zero(33))):
         with pytest.raises(ValueError, match=r"`\+` must add tallies of one shape, got \(\d+"):
+            first + other
+    for first, other in ((one, Tally.zero("meta")), (GroupTally.zero(34, "meta"), groups)):
+        with pytest.raises(ValueError, match=r"`\+` must add tallies on one device, got \w+ and \w+; move"):
             first + other
     for wrong in (groups.state.float(), groups.state[:-1], groups.state[0]):
         with pytest.raises(ValueError, match=r"`state` must be an int64 tensor of 18 rows, got"):

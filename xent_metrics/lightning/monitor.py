@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from xent_metrics._validate import as_plain
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.callback_base import Callback, serve_what_is_loaded
 from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
@@ -150,6 +151,7 @@ class CrossEntropyMonitor(Callback):
         backend: Backend = "auto",
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
+        class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
         check_reading(nan_policy, confidence)
         if not isinstance(prefix, str) or not re.fullmatch(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", prefix, re.ASCII):
             raise ValueError(

@@ -14,10 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchmetrics.utilities.prints import rank_zero_warn
 
-from xent_metrics._validate import as_num_classes, as_plain, as_token_table, describe, is_integer, is_integral
+from xent_metrics._validate import (
+    as_num_classes,
+    as_plain,
+    as_tensor_hint,
+    as_token_table,
+    describe,
+    is_integer,
+    is_integral,
+)
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.import_path import as_function
+from xent_metrics.losses.input_hint import input_mismatch_hint
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
@@ -43,17 +53,20 @@ class StepOutputs(NamedTuple):
         target: Their targets.
         group: The group of each target, broadcastable to the targets; None without groups.
         options: How `preds` is read.
+        source: The step, in words.
     """
 
     preds: Tensor | LinearLogits
     target: Tensor
     group: Tensor | None
     options: LossOptions
+    source: str
 
     def first(self, num_samples: int) -> StepOutputs:
         """Return the outputs of the first samples."""
         group = self.group if self.group is None or self.group.dim() == 0 else self.group[:num_samples]
-        return StepOutputs(self.preds.narrow(0, 0, num_samples), self.target[:num_samples], group, self.options)
+        preds, target = self.preds.narrow(0, 0, num_samples), self.target[:num_samples]
+        return self._replace(preds=preds, target=target, group=group)
 
 
 class MeanOutput(NamedTuple):
@@ -91,10 +104,11 @@ class OutputReader:
         self.reads_means = False
         decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
         self.about = in_words("CrossEntropyMonitor", {**changed_settings(decides), "groups": list(self.groups)})
+        self._looked_at: set[str] = set()
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # With its index.
         self.token_bytes = None if self.token_bytes is None else self.token_bytes.to(device)
 
     def zero(self) -> Tallies:
@@ -108,33 +122,57 @@ class OutputReader:
         """Return what a step returned in one of the three forms.
 
         Raises:
-            ValueError: If it is in none of them.
+            TypeError: If a part of it is no tensor, or a count no number.
+            ValueError: If it is in none of them, or on another device.
         """
+        source = step if self.extract is None else f"`extract`, called after {step},"
         form = outputs if self.extract is None else self.extract(outputs, batch)
         if isinstance(form, Mapping):
             target = form.get("labels") if form.get("target") is None else form["target"]
             group = form.get("group")
             for kind, options in self._options.items():
                 if kind in form and target is not None and (group is not None or not self.groups):
+                    self._check_tensor(source, kind, form[kind])
+                    self._check_tensor(source, "target", target)
                     group = self._as_group(group, target, options) if self.groups else None
-                    return StepOutputs(form[kind], target, group, options)
+                    return StepOutputs(form[kind], target, group, options, source)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
+                mean = _as_mean(source, form["loss"], form["num_tokens"])
+                self._check_tensor(source, "loss", mean.loss)
                 self.reads_means = True  # There will be no intervals.
-                return _as_mean(step, form["loss"], form["num_tokens"])
+                return mean
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
-        raise ValueError(
-            f"{step if self.extract is None else f'`extract`, called after {step},'} must return {self._forms()}, got "
-            f"{seen}; add what is missing, or pass `extract`."
-        )
+        raise ValueError(f"{source} must return {self._forms()}, got {seen}; add what is missing, or pass `extract`.")
 
     def score(self, outputs: StepOutputs) -> ScoredBatch:
-        """Return the losses of all targets."""
-        preds, target, _, options = outputs
-        return score_batch(preds, target, None, options, token_bytes=self.token_bytes)
+        """Return the losses of all targets; warn if the first logits of a step look like none."""
+        scored = score_batch(outputs.preds, outputs.target, None, outputs.options, token_bytes=self.token_bytes)
+        self._look_at(outputs.preds, outputs.options, outputs.source)
+        return scored
+
+    def _look_at(self, preds: Tensor | LinearLogits, options: LossOptions, source: str) -> None:
+        if source in self._looked_at or not isinstance(preds, Tensor) or options.input != "logits" or not preds.numel():
+            return
+        self._looked_at.add(source)
+        found = input_mismatch_hint(preds, options.input, options.class_dim, "return their logarithms, or logits")
+        if found:
+            rank_zero_warn(f'{source} returned "logits" that {found}', UserWarning)
+
+    def _check_tensor(self, source: str, name: str, values: Any) -> None:
+        """Raise unless a value is a tensor, or `LinearLogits`, where the tallies are."""
+        if not isinstance(values, Tensor | LinearLogits):
+            raise TypeError(
+                f'{source} must return a tensor as "{name}", got {type(values).__name__}; {as_tensor_hint(values)}.'
+            )
+        if values.device != self.device:
+            raise ValueError(
+                f'{source} must return "{name}" on the device of the Trainer, {self.device}, got {values.device}; '
+                "return what the model made, where it is."
+            )
 
     def classes(self, outputs: StepOutputs) -> tuple[Tensor | None, int | None]:
         """Return the class of every target, and how many classes there are; None for what the outputs do not tell."""
-        preds, target, _, options = outputs
+        preds, target, options = outputs.preds, outputs.target, outputs.options
         if target.is_floating_point():
             return None, None
         return options.aligned(target).long(), (
@@ -143,7 +181,7 @@ class OutputReader:
 
     def tally_by_group(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
         """Tally outputs with groups, of which the losses are known."""
-        _, target, group, options = outputs
+        target, group, options = outputs.target, outputs.group, outputs.options
         assert group is not None
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
         by_group = tally_scored_by_group(scored, group, target, options, len(self.groups), fix)
@@ -204,18 +242,18 @@ def _moved(numbers: Any, device: torch.device) -> Tensor:
     return moved
 
 
-def _as_mean(step: str, loss: Any, num_tokens: Any) -> MeanOutput:
+def _as_mean(source: str, loss: Any, num_tokens: Any) -> MeanOutput:
     """Return a mean and its count; raise TypeError if they are something else."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise TypeError(
-            f'{step} must return the mean over `num_tokens` targets as "loss", a tensor of one float, got '
+            f'{source} must return the mean over `num_tokens` targets as "loss", a tensor of one float, got '
             f'{describe(loss)}; return "losses" and their "target" for losses of single targets.'
         )
     num_tokens = num_tokens if isinstance(num_tokens, Tensor) else as_plain(num_tokens)
     counts = isinstance(num_tokens, Tensor) and num_tokens.numel() == 1 and is_integral(num_tokens)
     if not (counts or is_integer(num_tokens)):
         raise TypeError(
-            f'{step} must return the number of targets that "loss" is the mean of as "num_tokens", one integer, got '
+            f'{source} must return the number of targets that "loss" is the mean of as "num_tokens", one integer, got '
             f"{describe(num_tokens)}; count them with (target != ignore_index).sum()."
         )
     return MeanOutput(loss, num_tokens)

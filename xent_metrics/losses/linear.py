@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent_metrics._validate import FLOATS, as_plain, check_not_nested, describe, is_number
+from xent_metrics._validate import FLOATS, as_plain, as_tensor_hint, check_not_nested, describe, is_number
 from xent_metrics.distributed import VocabShard, is_dtensor, vocab_shard
 
 
@@ -264,9 +264,8 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, input: str
 def _check_factor(name: str, value: Any) -> None:
     """Raise unless a value is a dense tensor of floats, and a plain one where it is not of the head."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; convert it with torch.as_tensor."
-        )
+        fix = as_tensor_hint(value, ("last_hidden_state", name, "data"))  # Of a model's output, and of its head.
+        raise TypeError(f"`{name}` of `preds` must be a tensor, got {type(value).__name__}; {fix}.")
     if name == "hidden" and is_dtensor(value):
         raise TypeError(f"`{name}` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor().")
     check_not_nested(name, value)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import WEIGHT_LIMIT
+from xent_metrics._validate import TO_BINARY, WEIGHT_LIMIT
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.losses.target_losses import (
@@ -77,7 +77,8 @@ MISTAKES = (
         "but {number} scored targets had others; mend them, or mask their targets with `weight`, {again}",
     ),
 )
-_VOID = 255  # The label of segmentation that is no class.
+_VOID = (250, 255)  # The labels of segmentation that are no classes.
+_NEARLY_LOG_PROBS = 0.05  # How far a log-sum-exp may be from 0, in half precision too.
 _MISTAKE_BIT = 4  # Of all statuses above, and of no other.
 _BY_STATUS = {mistake.status: mistake for mistake in MISTAKES}
 
@@ -182,13 +183,13 @@ def _wrong_target(
         return say(
             "probabilities in [0, 1] with a sum of 1",
             f"one with a sum of {row.sum().item():.6g} and a least entry of {row.min().item():.6g}",
-            "divide them by their sum, or mask them with `weight`",
+            _soft_fix(row),
             ", as soft targets,",
             "do not",
         )
     example = target.reshape(-1)[where][0].item()
-    fix = _fix(example, options, "check the vocabulary size")
     limit = preds.shape[options.class_dim] if options.input != "losses" else num_ids
+    fix = _fix(example, options, TO_BINARY if limit == 1 else "check the vocabulary size")
     if num_ids is not None and limit is not None and num_ids <= example < limit:
         fix = f"`token_bytes` has {num_ids} entries for {limit} classes: make it of this vocabulary, or pad it with 0"
     limit = limit if num_ids is None or limit is None else min(limit, num_ids)
@@ -196,14 +197,25 @@ def _wrong_target(
 
 
 def _fix(example: float, options: LossOptions | BinaryOptions, otherwise: str) -> str:
-    """Return what to do about a target: negative integers, and 255 in pictures, usually mark what is to be left out."""
-    marks = math.isfinite(example) and example == int(example) and (example < 0 or example == _VOID)
+    """Return what to do about a target: negative integers, and void labels, usually mark what is to be left out."""
+    marks = math.isfinite(example) and example == int(example) and (example < 0 or example in _VOID)
     if not marks:
         return otherwise
     if options.ignore_index in (None, -100):  # Another one was chosen for something else that is left out.
         fix = f"pass ignore_index={int(example)} if it marks targets to leave out"
         return fix if example < 0 else f"{fix}, or {otherwise}"
     return f"pass weight=target != {int(example)} as well if it marks targets to leave out"
+
+
+def _soft_fix(row: Tensor) -> str:
+    """Return what to do about a target that is no distribution."""
+    if len(row) == 1:
+        return TO_BINARY
+    if abs(row.logsumexp(0).item()) < _NEARLY_LOG_PROBS:
+        return "pass their exp(), as these are log-probabilities"
+    if row.min() < 0:
+        return "pass their softmax if they are scores"
+    return "divide them by their sum, or mask them with `weight`"
 
 
 def _binary_fix(example: float) -> str:

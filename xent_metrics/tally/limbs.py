@@ -9,7 +9,7 @@ floating point, hence the law that everything else stands on: the limbs of a sum
 A float32 of `2**-40 <= |x| < 2**94` and a float64 of `2**-12 <= |x| < 2**94` have no bits below `2**-64`; any other
 is rounded by at most `2**-65`. Bounds: limbs of a value are at most `2**32` (a rounded one may be that), so fewer
 than `2**31` values can be summed before they are normalised; normalised limbs are below it, so `2**31` such sums can be
-added before the next time; and the total must stay below `2**127`.
+added before the next time; and the total must stay below `2**127`, or it wraps.
 """
 
 from __future__ import annotations

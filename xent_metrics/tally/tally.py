@@ -255,6 +255,11 @@ def _check_addend(tally: Tally | GroupTally, other: object) -> None:
             f"`+` must add tallies of one shape, got {tuple(tally.state.shape)} and {tuple(other.state.shape)}; take "
             "them from metrics that are configured alike."
         )
+    if other.state.device != tally.state.device:
+        raise ValueError(
+            f"`+` must add tallies on one device, got {tally.state.device} and {other.state.device}; move the metrics "
+            "that they come from, with .to()."
+        )
 
 
 class _Summable(Protocol):
