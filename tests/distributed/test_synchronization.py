@@ -59,7 +59,8 @@ def state_size(case: Case) -> int:
         return GROUP_SIZE * (case.options.get("num_groups", K) + 1)
     if case.metric_class is CrossEntropyDecomposition:
         return 3 * STATE_SIZE
-    return STATE_SIZE * (2 if case.metric_class is CrossEntropyReport and "token_bytes" in case.options else 1)
+    more = ("token_bytes", "accuracy", "entropy") if case.metric_class is CrossEntropyReport else ()
+    return STATE_SIZE * (1 + sum(name in case.options for name in more))
 
 
 STATE_SIZES = {name: state_size(CASES[name]) for name in METRICS}
