@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,15 +66,17 @@ def sum_alike_over_ranks(x: Tensor, about: str, group: ProcessGroup | None = Non
     """
     # Ranks with another mark would have to make up for it by chance: one in 2**32.
     mark = int.from_bytes(blake2b(f"{about} {len(x)}".encode(), digest_size=_MARK_BYTES).digest(), "big")
-    first = torch.cat([x.new_full((1,), mark), x[: _FIRST - 1]])
-    total = sum_over_ranks(F.pad(first, (0, _FIRST - len(first))), group)
-    if int(total[0]) != mark * torch.distributed.get_world_size(group):
+    first, head = x.new_zeros(_FIRST), x[: _FIRST - 1]
+    first[0].fill_(mark)
+    first[1 : 1 + len(head)] = head
+    total = sum_over_ranks(first, group)
+    if total[0].item() != mark * torch.distributed.get_world_size(group):
         raise ValueError(
             f"`compute` must add up the same on every rank, but other ranks do not have what this one has, {about}; "
             "configure metrics alike on all ranks, and compute them in the same order."
         )
-    total = total[1 : len(first)]
-    return total if len(first) > len(x) else torch.cat([total, sum_over_ranks(x[_FIRST - 1 :], group)])
+    total = total[1 : 1 + len(head)]
+    return total if len(head) == len(x) else torch.cat([total, sum_over_ranks(x[_FIRST - 1 :], group)])
 
 
 def max_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
