@@ -32,6 +32,9 @@ DEFAULTS: dict[str, Any] = {
     "confidence": 0.95,
     "token_bytes": None,
     "pos_weight": None,
+    "average": "none",
+    "accuracy": False,
+    "entropy": False,
 }
 
 
@@ -97,10 +100,12 @@ def judge_options(entry: Quantity, form: Callable[..., Any], given_options: dict
         ("label_smoothing_over", ("all", "others")),
         ("unit", ("nats", "bits")),
         ("nan_policy", ("propagate", "omit", "raise")),
+        ("average", ("none", "macro")),
         ("backend", ("auto", "eager")),  # To compile every example would take hours.
     ):
         need(isinstance(options[name], str) and options[name] in choices)
-    need(type(options["class_dim"]) is int and type(options["shift"]) is bool)
+    need(type(options["class_dim"]) is int)
+    need(all(type(options[name]) is bool for name in ("shift", "accuracy", "entropy")))
     need(options["ignore_index"] is None or type(options["ignore_index"]) is int)
     need(-(2**63) <= (options["ignore_index"] or 0) < 2**63)
     need(options.get("sequence_group") is None)
@@ -109,7 +114,8 @@ def judge_options(entry: Quantity, form: Callable[..., Any], given_options: dict
     if options["eps"] is not None:
         need(type(options["eps"]) in (int, float) and 0 < options["eps"] < 0.5 and options["input"] == "probs")
     if options["input"] == "losses":
-        need(not options["label_smoothing"] and not options["shift"] and options["class_weight"] is None)
+        need(not any(options[name] for name in ("label_smoothing", "shift", "accuracy", "entropy")))
+        need(options["class_weight"] is None)
     if options["class_weight"] is not None:
         need_weights(options["class_weight"])
         need(options["class_weight"].dim() == 1)

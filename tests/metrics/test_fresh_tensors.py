@@ -109,9 +109,9 @@ class Tokenizer:
         """Return the bytes of a token."""
         return [b"a", b"bc", b"def"][token]
 
-    def is_special_token(self, token: int) -> bool:
-        """Return whether a token stands for no text."""
-        return token == 1
+    @property
+    def _special_tokens(self) -> dict[str, int]:
+        return {"<end>": 1}
 
 
 @each_way

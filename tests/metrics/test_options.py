@@ -16,12 +16,12 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from tests.cases import named
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyReport, Perplexity, functional
-from xent_metrics.reading_info import READINGS
+from xent_metrics.reading_info import OF_OTHER_TALLIES, READINGS
 
 K = 6
 CLASSES = [CrossEntropy, BitsPerToken, Perplexity, CrossEntropyReport]
 Batch = tuple[Tensor, ...]
-REPORT = [info for info in READINGS.values() if info.name != "bits_per_byte"]
+REPORT = [info for info in READINGS.values() if info.name not in OF_OTHER_TALLIES]
 
 
 def make_batches(weighed: bool = False) -> list[Batch]:

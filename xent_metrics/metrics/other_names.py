@@ -47,6 +47,8 @@ _INSTEAD = {
     "num_groups": "use GroupedCrossEntropy",
     "num_bytes": "pass it to BitsPerByte().update(preds, target, num_bytes=...)",
     "token_bytes": "use BitsPerByte or CrossEntropyReport",
+    "accuracy": "use CrossEntropyReport",
+    "entropy": "use CrossEntropyReport",
     "confidence": "use CrossEntropyReport or CrossEntropyDifference",
     "sequence_group": "use CrossEntropyReport or CrossEntropyDifference",
     "label_smoothing": _SMOOTHING,
