@@ -78,14 +78,15 @@ def least_and_greatest(x: Tensor) -> tuple[float, float] | None:
 
 
 Constant = int | list[float] | list[int] | list[list[int]] | list[list[float]]
-_constants: dict[tuple[Any, torch.device, torch.dtype], Tensor] = {}
+# Each with what it was made of, so that no other list gets its address.
+_constants: dict[tuple[Any, torch.device, torch.dtype], tuple[Constant, Tensor]] = {}
 
 
 def constant(values: Constant, beside: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a constant on the device of another tensor; it is copied there once.
 
     Args:
-        values: An integer, or a list that is never freed, such as one of a module.
+        values: An integer, or a list that never changes, such as one of a module; it is never freed.
         beside: A tensor of the same device.
         dtype: That of the constant.
     """
@@ -94,5 +95,5 @@ def constant(values: Constant, beside: Tensor, dtype: torch.dtype) -> Tensor:
     key = (values, int) if isinstance(values, int) else (id(values), list), beside.device, dtype
     if key not in _constants:
         with torch.inference_mode(False):
-            _constants[key] = torch.tensor(values, dtype=dtype, device=beside.device)
-    return _constants[key]
+            _constants[key] = values, torch.tensor(values, dtype=dtype, device=beside.device)
+    return _constants[key][1]

@@ -99,7 +99,7 @@ def quantile_series(confidence: float) -> list[float]:
             for j in range(NUM_TERMS)
         ]
         chebyshev[0] /= 2
-        _series[confidence] = _monomials(chebyshev)
+        _series.setdefault(confidence, _monomials(chebyshev))  # If another thread was faster, its list.
     return _series[confidence]
 
 

@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,9 +16,11 @@ import torch
 import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
+from torch._dynamo import convert_frame
 from torch.nn import functional as F
 
 from tests.cases import K
+from tests.forks import in_a_fork, needs_forks
 from tests.losses.compiling import assert_near, bits_of, compilations, needs_compiler
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, functional
 from xent_metrics.losses import compiled
@@ -148,6 +152,24 @@ def test_threads_compile_once_and_agree() -> None:
         losses = [pool.submit(functional.per_target_losses, preds, target, backend="compile") for _ in range(8)]
     assert len({bits_of(loss.result()) for loss in losses}) == 1
     assert compilations() - before <= 2
+
+
+@needs_forks
+def test_a_fork_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is forked meanwhile compiles for itself: it does not wait for a thread that it does not have."""
+    preds, target = torch.randn(3, K), torch.randint(0, K, (3,))
+
+    def busy(there: Event, leave: Event) -> None:
+        with compiled._one_at_a_time, convert_frame.compile_lock:
+            there.set()
+            leave.wait(60)
+
+    def trace(kernel: Any, _: Any, **constants: Any) -> Any:  # Without the compiler of machine code, which takes long.
+        return torch.compile(partial(kernel, **constants), backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(compiled, "_compiled", trace)
+    losses = in_a_fork(busy, lambda: functional.per_target_losses(preds, target, backend="compile").tolist())
+    assert losses == pytest.approx(F.cross_entropy(preds.double(), target, reduction="none").tolist(), rel=1e-6)
 
 
 class Graphs:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.cases import FORMS, GROUPS, Batch, Form, K, numbers
 from tests.losses.compiling import needs_compiler, nothing_kept
-from xent_metrics import Tally, functional
+from xent_metrics import CrossEntropy, Tally, functional
 from xent_metrics.tally.tally import SUMS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
@@ -219,6 +219,19 @@ def test_compiled_with_a_gradient() -> None:
     assert torch.allclose(weight.grad, expected, atol=1e-6)
     assert not value.requires_grad
     assert value.item() == pytest.approx(math.exp(loss.item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("call", ["update", pytest.param("forward", marks=pytest.mark.slow)])
+def test_compiled_metric(call: str) -> None:
+    """A call of a metric is a part of the graph of a compiled step, though it takes a lock elsewhere."""
+    metric, eager = CrossEntropy(), CrossEntropy()
+    batch = torch.randn(4, K), torch.randint(0, K, (4,))
+    compiled = torch.compile(getattr(metric, call), backend="eager", fullgraph=True)
+    for _ in range(1 if call == "update" else 3):
+        value, expected = compiled(*batch), getattr(eager, call)(*batch)
+        assert value is expected is None or numbers(value) == pytest.approx(numbers(expected), rel=1e-12)
+    assert torch.equal(metric.tally.state, eager.tally.state)
+    assert metric.update_count == eager.update_count
 
 
 @needs_compiler

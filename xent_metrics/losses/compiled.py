@@ -6,9 +6,11 @@ short rows at a time, and rounds the rows that are left over in another way; so 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache, partial
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any
 
 import torch
@@ -21,7 +23,20 @@ from xent_metrics.losses.options import Backend
 _LANES = 64  # A multiple of as many numbers as any processor does at a time.
 _MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
 
-_ONE_AT_A_TIME = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
+_one_at_a_time = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
+
+
+def _free_locks() -> None:
+    """Free the locks of compiling: the threads that held them do not exist in a forked process."""
+    global _one_at_a_time  # noqa: PLW0603  # A lock cannot be freed by who does not hold it.
+    _one_at_a_time = Lock()
+    compiler: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if compiler is not None:
+        compiler.compile_lock = RLock()  # PyTorch does not free it.
+
+
+if hasattr(os, "register_at_fork"):  # Not on Windows.
+    os.register_at_fork(after_in_child=_free_locks)
 
 
 def compiles(backend: Backend) -> bool:
@@ -91,7 +106,7 @@ def _run_compiled(
             torch._dynamo.mark_static(x, 1)
     kinds = tuple(None if x is None else (x.dtype, x.device, x.shape[1:]) for x in tensors)
     try:
-        with _ONE_AT_A_TIME:
+        with _one_at_a_time:
             return _compiled(kernel, kinds, **constants)(*tensors)
     except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # The latter of the compiler's cache.
         cause = str(error).partition("\n")[0]

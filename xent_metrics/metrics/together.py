@@ -45,6 +45,11 @@ def compute_together(metrics: Mapping[str, Metric]) -> dict[str, Any]:
                 f"`metrics` must be metrics of xent_metrics, got {type(metric).__name__} as {name!r}; compute it by "
                 "itself."
             )
+        if not metric.has_own("compute"):
+            raise TypeError(
+                f"`metrics` must be metrics whose `compute` is that of xent_metrics, got {type(metric).__name__} as "
+                f"{name!r}, which has another; compute it by itself."
+            )
     own = {name: metric for name, metric in named.items() if isinstance(metric, TallyMetric)}
     # By name, since the order of a dict may be another on another rank.
     reduced = {name: metric for name, metric in sorted(own.items()) if metric.is_to_be_reduced()}
