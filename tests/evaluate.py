@@ -53,10 +53,10 @@ def help_texts() -> list[example.Document]:
     for kind, entries in labels.items():
         # An entry is a label, or a label and what to see too; a label may be another entry.
         names = {entry if isinstance(entry, str) else entry[0] for entry in entries.values()}
-        for name in sorted(names & topics.keys() - seen):
-            if len(topics[name]) <= LONGEST[kind]:
-                documents.append(example.Document(kind, topics[name]))
-            seen.add(name)
+        for text in (topics[name] for name in sorted(names & topics.keys())):
+            if len(text) <= LONGEST[kind] and text not in seen:  # Some names have the text of another one.
+                documents.append(example.Document(kind, text))
+            seen.add(text)
     return documents
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.stats import t as student
 from torch.utils._pytree import tree_leaves
 
+from tests import evaluate as make_evaluate
 from tests.distributed.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate_lm.py"
@@ -57,7 +58,7 @@ def evaluate_on_a_rank(rank: int) -> list[str]:
     return [*(repr(x.item()) for x in tree_leaves(found)), example.table(["A", "B"], found)]
 
 
-def judge(model: example.LanguageModel, text: str) -> tuple[list[float], list[bool]]:
+def judge(model: example.LanguageModel, text: str, context: int = CONTEXT) -> tuple[list[float], list[bool]]:
     """Return losses and hits of a document in float64, one token at a time."""
     ids = [PREFIX, *model.encode(text)]
     forward = Causal(0).double()
@@ -65,8 +66,8 @@ def judge(model: example.LanguageModel, text: str) -> tuple[list[float], list[bo
     losses, hits = [], []
     for i in range(1, len(ids)):
         # The first window scores all that it holds, each other one the next tokens; all are as long as they can be.
-        end = min(1 + CONTEXT + max(0, -(-(i - CONTEXT) // STRIDE)) * STRIDE, len(ids))
-        logits = forward(torch.tensor([ids[max(0, end - 1 - CONTEXT) : i]])).logits[0, -1]
+        end = min(1 + context + max(0, -(-(i - context) // STRIDE)) * STRIDE, len(ids))
+        logits = forward(torch.tensor([ids[max(0, end - 1 - context) : i]])).logits[0, -1]
         losses.append(F.cross_entropy(logits, torch.tensor(ids[i])).item())
         hits.append(logits.argmax().item() == ids[i])
     return losses, hits
@@ -214,3 +215,24 @@ def test_a_model_of_transformers_from_a_folder(tmp_path: Path, capsys: pytest.Ca
     assert of_all[-1] == "3"
     assert lines[-1].endswith("3 documents")
     assert folders[1] in lines[-1]
+
+
+@torch.no_grad()
+def test_what_is_read_by_hand() -> None:
+    """`make evaluate` reads the same losses by hand, on the help texts that this Python has."""
+    documents = make_evaluate.help_texts()
+    assert {document.file for document in documents} == {"keywords", "topics"}
+    assert len({document.text for document in documents}) == len(documents) > 40
+    model, texts = (
+        language_model(0),
+        [document for document in documents if len(document.text) < make_evaluate.CONTEXT][:2],
+    )
+    perplexity, mean, rough, *_, ours, usual = make_evaluate.by_hand(model, texts)
+    [rows] = example.evaluate([model], texts, make_evaluate.CONTEXT, make_evaluate.STRIDE).rows
+    expected = rows[example.ALL]["per_token"]["perplexity"].item()
+    assert float(perplexity.split()[-1]) == pytest.approx(expected, rel=1e-4)
+    windows = [sum(x) / len(x) for x, _ in (judge(model, text.text, make_evaluate.CONTEXT) for text in texts)]
+    assert float(mean.split()[-1]) == pytest.approx(math.exp(sum(windows) / 2), rel=1e-4)
+    assert float(rough.split()[-1]) == pytest.approx(float(mean.split()[-1]), rel=1e-1)
+    assert float(ours.split()[-1]) < 1e-6
+    assert usual.startswith("`F.cross_entropy`")
