@@ -177,7 +177,7 @@ def table(names: Sequence[str], evaluation: Evaluation) -> str:
 def line(name: str, *cells: str) -> str:
     """Return a line of the table."""
     widths = (9, 16, 10, 8, 8, 9)
-    return "  ".join((f"{name:<32}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))))
+    return "  ".join((f"{name:<32}", *(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))).rstrip()
 
 
 def verdict(first: str, second: str, difference: dict[str, Tensor], num_documents: int) -> str:
