@@ -63,6 +63,7 @@ THREE = "`MetricCollection` of `Perplexity` and two `MeanMetric`s"
 NONE_IGNORED, OF_256 = "the same, none ignored", "making them: `F.cross_entropy`, 256 classes"
 MATMUL, LINEAR_FULL = "`F.linear` alone", "`F.linear`, `F.cross_entropy`"
 LINEAR_CHUNKED = "`F.linear_cross_entropy` in chunks"
+LOSSES_ALONE = "the same without them"
 ALL_REDUCE = "a bare `all_reduce` of 35 int64"
 WITHOUT = "the same fit without it"
 
@@ -346,6 +347,18 @@ def mostly_ignored(shape: Shape) -> Functions:
     }
 
 
+def reports(dtype: torch.dtype, shape: Shape) -> Functions:
+    """A report of all that there is to say of predictions, beside one of losses."""
+    batch = logits_and_target(shape, dtype)
+    more, alone = (CrossEntropyReport(accuracy=x, entropy=x) for x in (True, False))
+    with_accuracy = CrossEntropyReport(accuracy=True)
+    return {
+        "`CrossEntropyReport(accuracy=True, entropy=True).update`": lambda: more.update(*batch),
+        "`CrossEntropyReport(accuracy=True).update`": lambda: with_accuracy.update(*batch),
+        LOSSES_ALONE: lambda: alone.update(*batch),
+    }
+
+
 def ready_losses(shape: Shape) -> Functions:
     preds, target = logits_and_target(shape)
     rows, flat = preds.view(-1, shape[-1]), target.view(-1)
@@ -558,6 +571,15 @@ CASES = (
             targets=targets,
         )
         for dtype, targets in ((torch.float32, {ONE_READ: 3.0}), (torch.bfloat16, {ONE_READ: 6.0}))
+    ),
+    *(
+        Case(
+            f"accuracy and entropy of 4096 x 32,000 logits, {str(dtype).removeprefix('torch.')}",
+            partial(reports, dtype),
+            LOGITS,
+            targets={LOSSES_ALONE: 1.35},
+        )
+        for dtype in (torch.float32, torch.bfloat16)
     ),
     Case("65,536 losses that are there already", ready_losses, (64, 1024, 256), targets={OF_256: 0.01}),
     Case("the same as 65,536 sequences of one", ready_losses, (65_536, 256), targets={OF_256: 0.01}),
