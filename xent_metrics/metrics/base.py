@@ -55,7 +55,7 @@ class TallyMetric(TallyState):
     full_state_update = False
     plot_lower_bound: float | None = 0.0
     # As torchmetrics, for `torch.jit.script` of a module that holds a metric.
-    __jit_ignored_attributes__: ClassVar[list[str]] = [*Metric.__jit_ignored_attributes__, "options"]
+    __jit_ignored_attributes__: ClassVar[list[str]] = [*Metric.__jit_ignored_attributes__, "options", "_calls"]
     __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "tally"]
 
     _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
