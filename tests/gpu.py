@@ -455,11 +455,11 @@ def is_old() -> bool:
 
 
 def allow_old_compiler() -> None:
-    """Let `torch.compile` of an older torch leave out the options that it does not know."""
+    """Let `torch.compile` of an older torch leave out the option that it does not know."""
     compiler = torch.compile
     torch._dynamo.config.recompile_limit = 256
 
-    def compile_without(*args: Any, isolate_recompiles: Any = None, recompile_limit: Any = None, **kwargs: Any) -> Any:
+    def compile_without(*args: Any, recompile_limit: Any = None, **kwargs: Any) -> Any:
         return compiler(*args, **kwargs)
 
     torch.compile = compile_without

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from threading import Event
 from typing import Any
 
@@ -98,6 +100,26 @@ def test_nothing_is_compiled_for_nothing() -> None:
     scores, target = torch.randn(3, 14), torch.tensor([0, 13, -100])
     metric.update(scores, target)
     assert metric.compute().item() == pytest.approx(F.cross_entropy(scores.double(), target).item(), rel=1e-6)
+
+
+def test_kernels_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many kinds of tensors, only the latest are kept compiled; the others are freed, and compiled again."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(weakref.ref(graph))
+        return graph.forward
+
+    def score(num_classes: int) -> None:
+        functional.per_target_losses(torch.zeros(3, num_classes), torch.arange(3), backend="compile")
+
+    assert compiled._compiled.cache_parameters()["maxsize"] == compiled._MOST_KERNELS
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=keep))
+    monkeypatch.setattr(compiled, "_compiled", lru_cache(maxsize=2)(compiled._compiled.__wrapped__))
+    for num_classes in (21, 22, 23, 24, 22):
+        score(num_classes)
+    gc.collect()
+    assert [graph() is not None for graph in graphs] == [False, False, False, True, True]
 
 
 # `"auto"`.

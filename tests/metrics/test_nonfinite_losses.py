@@ -55,6 +55,16 @@ LOSSES = [
 ]
 
 
+@pytest.mark.parametrize("num_targets", [3, 300])
+def test_products_beyond_all_floats(num_targets: int) -> None:
+    """A finite loss times a weight may be more than a float64 holds: that is infinite, without a warning of anybody."""
+    losses, target = torch.full((num_targets,), 1e300, dtype=torch.float64), torch.zeros(num_targets, dtype=torch.int64)
+    metric = CrossEntropy(input="losses")
+    value = metric(losses, target, weight=torch.full_like(losses, 1e10))
+    assert value.item() == metric.compute().item() == math.inf
+    assert metric.tally.totals().positive_infinite == num_targets
+
+
 def with_loss(name: str, form: str, bad: float, spot: int | None) -> tuple[Batch, Batch]:
     """Make a batch with one loss that is not finite, and the same without that target."""
     batch = make_batch(name, form)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import cache, partial
+from functools import lru_cache
 from threading import Lock, RLock
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from xent_metrics.losses.options import Backend
 
 _LANES = 64  # A multiple of as many numbers as any processor does at a time.
 _MANY = 256  # Compilations of a kernel for other numbers of threads, in other modes: more than anybody has.
+_MOST_KERNELS = 64  # As many are kept, for kinds of tensors and options: more than a program is likely to need.
 
 _one_at_a_time = Lock()  # Threads would compile the same kernel, each for itself; so they also run it in turns.
 
@@ -116,12 +118,19 @@ def _run_compiled(
         ) from error
 
 
-@cache
+@lru_cache(maxsize=_MOST_KERNELS)
 def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> Callable[..., Results]:
-    """Return a compiled kernel for tensors of one kind.
+    """Return a compiled kernel for tensors of one kind, in place of the one that was not called for longest.
 
-    Each kind has its own: PyTorch refuses to compile one function too often, as it counts threads, autocast and
-    inference mode too.
+    Each has code of its own. PyTorch keeps with a function's code what it compiled, and refuses to compile one code too
+    often, as it counts threads, autocast and inference mode too.
     """
-    bound = partial(kernel, **constants)
-    return torch.compile(bound, dynamic=True, fullgraph=True, isolate_recompiles=True, recompile_limit=_MANY)  # type: ignore[call-overload,no-any-return]  # Their overloads lack it.
+
+    def bound(*tensors: Tensor | None) -> Results:
+        return kernel(*tensors, **constants)
+
+    bound.__code__ = bound.__code__.replace()
+    compiled: Callable[..., Results] = torch.compile(bound, dynamic=True, fullgraph=True, recompile_limit=_MANY)  # type: ignore[call-overload]  # Their overloads lack it.
+    # What was compiled refers to the code that it is kept with, so that it would not be freed with it.
+    finalize(compiled, torch._dynamo.eval_frame.remove_from_cache, bound.__code__).atexit = False
+    return compiled

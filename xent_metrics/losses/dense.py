@@ -101,8 +101,7 @@ def _score_hard(
     """Score flat class indices."""
     if options.input == "losses":
         assert isinstance(preds, Tensor)
-        loss = preds.reshape(-1).to(_runtime.widest_float(preds.device))
-        return TargetLosses(loss, None, ignored_status(index, options))
+        return TargetLosses(preds.reshape(-1).to(score_dtype(preds)), None, ignored_status(index, options))
     num_classes = preds.shape[options.class_dim]
     index, status = lookup_index(index, num_classes, options)
     denominator = None if class_weight is None else class_weight[index]

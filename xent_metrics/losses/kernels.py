@@ -5,7 +5,7 @@ is used again for the next ones; compiled, the same function gets more rows and 
 each target (logarithm, difference, smoothing, class weights) is done in float64, where there is one.
 
 A sum over classes must not lose the many small terms of a long row, which a running float32 sum does, in a direction
-that no amount of data averages out. A float64 sum of float32 costs as much as all the rest. So chunks of a row are
+that no amount of data averages out. A float64 sum of float32 costs as much as all the rest. So chunks of a long row are
 summed in float32, and their sums in float64; and of exponentials, the largest chunk is summed in float64 as a whole, as
 one term of it may be so much larger than the others that it rounds them away.
 
@@ -32,7 +32,7 @@ Results = tuple[Any, ...]
 """What a kernel returns of rows: tensors with an entry for each row, or None for what there is not."""
 
 _CHUNK = 64  # As many terms are summed in float32, which costs no more than one sum over all.
-_FEWEST_CHUNKS = 2  # Shorter rows are summed in float64.
+_FEWEST_CHUNKS = 16  # Shorter rows are summed in float64: that is fewer operators, and as fast for many rows.
 
 
 class RowSums(NamedTuple):

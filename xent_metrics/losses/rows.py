@@ -119,7 +119,7 @@ class RowReader:
     def rows_in_buffer(self, num_buffers: int) -> int:
         """Return how many rows a kernel is given at a time, eagerly."""
         if not num_chunks(self.num_classes, self.dtype):
-            num_buffers *= 2  # A float64 sum makes a copy.
+            num_buffers += 2  # A float64 sum makes a copy.
         is_linear = isinstance(self.preds, LinearLogits)
         return self._rows_in(self._sizes.head_buffer if is_linear else self._sizes.buffer, num_buffers)
 
@@ -250,7 +250,7 @@ def _chosen_blocks(
     """Gather some of the rows, in the copy if there is one."""
     for rows in chosen.split(max_rows) if len(chosen) else ():
         if copy is None:
-            yield rows, [scores[torch.unravel_index(rows, scores.shape[:-1])]]
+            yield rows, [_gathered(scores, rows)]
         else:
             flat = scores.view(-1, scores.shape[-1])
             yield rows, [torch.index_select(flat, 0, rows, out=_first(copy, len(rows)))]
@@ -287,7 +287,15 @@ def _hidden_blocks(
         yield from row_blocks([hidden, *soft], max_rows)
     elif len(scored):
         for rows in scored.tensor_split(-(-len(scored) // max_rows)):
-            yield rows, [hidden[torch.unravel_index(rows, hidden.shape[:-1])]]
+            yield rows, [_gathered(hidden, rows)]
+
+
+def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+    """Gather rows, whatever the strides. `torch.unravel_index` would import SymPy, which takes 35 MiB and a second."""
+    index: list[Tensor] = []
+    for size in reversed(x.shape[1:-1]):
+        index, rows = [rows % size, *index], rows // size
+    return x[(rows, *index)]
 
 
 def _among(rows: Rows, some: slice) -> Rows:

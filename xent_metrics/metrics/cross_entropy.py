@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
+from xent_metrics import _runtime
 from xent_metrics._rounding import Unit
 from xent_metrics._validate import check_class_weight, on_host
 from xent_metrics.losses.dense import target_losses
@@ -328,7 +329,8 @@ def per_target_losses(
     if status is not None:
         loss = loss.masked_fill(status == IGNORED, 0.0).masked_fill((status != SCORED) & (status != IGNORED), math.nan)
     if input == "losses":
-        loss = loss.detach().clone()  # They may be those of the caller, with their graph.
+        # They may be those of the caller, with their graph.
+        loss = loss.detach().to(_runtime.widest_float(loss.device), copy=True)
     return loss.reshape(target_shape(target, options))
 
 

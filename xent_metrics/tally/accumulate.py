@@ -8,6 +8,9 @@ known of them is left out: upper limbs of small numbers, and statuses where all 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain, compress
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -73,6 +76,7 @@ _TO_UNITS = [0, 0, 2**SEQUENCE_BITS, 2 ** (SEQUENCE_BITS - LIMB_BITS), 1]
 _LOWEST_SHIFT = 2 * LIMB_BITS - SEQUENCE_BITS
 _SHIFTS = [0, 0, 0, 0, _LOWEST_SHIFT]
 _ONE = 2.0**FRACTION_BITS
+_BELOW_ZERO = -math.ulp(0.0)
 # Upper limbs of loss and of weight, and numbers of units of both, from which on a sequence does not fit. Limbs below
 # these bounds, of fewer than 2**26 targets, make a number of units below 2**63, which is what it seems to be.
 _UNIT_LIMIT = _SEQUENCE_LIMIT * 2**SEQUENCE_BITS
@@ -170,11 +174,11 @@ def _tally_block(losses: TargetLosses) -> Tally:
     if _runtime.can_read_values(losses.loss):
         state = _few_targets(losses) if losses.loss.numel() <= _FEW_TARGETS else None
         if state is not None:
-            return Tally(torch.tensor(state, device=losses.loss.device))
+            return Tally.of(state)
     cleared = _cleared(losses) if 0 < length <= _BLOCK_TARGETS else None
     # Numbers are only known to be small if they were read.
     if cleared is not None and cleared.small and len(losses.loss) <= _FEW_SEQUENCES:
-        return Tally(torch.tensor(_few_sequences(cleared), device=losses.loss.device))
+        return Tally.of(_few_sequences(cleared))
     targets, counts = _tally_targets(losses) if cleared is None else cleared.targets()
     return Tally(torch.cat([_total(targets), *_tally_sequences(targets, length, counts)]))
 
@@ -184,43 +188,54 @@ def _few_targets(losses: TargetLosses) -> list[int] | None:
 
     The law of the limbs, taken literally: Python integers. What a tensor operator costs, a dozen targets do not.
     """
-    rows = losses.loss.tolist()
-    ones, all_scored = [[1.0] * len(rows[0])] * len(rows), [[SCORED] * len(rows[0])] * len(rows)
-    weights = ones if losses.denominator is None else losses.denominator.tolist()
-    statuses = all_scored if losses.status is None else losses.status.tolist()
-    counts, limit = [0] * NUM_STATUSES, _SEQUENCE_LIMIT / losses.loss.numel()
-    sequences = []
-    for row in zip(rows, weights, statuses, strict=True):
-        total = weight = 0
-        for x, w, status in zip(*row, strict=True):
-            counts[status] += 1
-            if status == SCORED:
-                if not (-limit < x < limit and 0 <= w < limit):  # A NaN compares false with everything.
-                    return None
-                total, weight = total + round(x * _ONE), weight + round(w * _ONE)
-        sequences.append((total, weight))
-    return _state_of(sequences, _counted(dict(enumerate(counts))))
+    num_rows, length = losses.loss.shape
+    limit = _SEQUENCE_LIMIT / losses.loss.numel()
+    scored, counts = [[True] * length] * num_rows, {SCORED: losses.loss.numel()}
+    if losses.status is not None:
+        statuses = losses.status.tolist()
+        scored, counts = [[x == SCORED for x in row] for row in statuses], Counter(chain.from_iterable(statuses))
+    totals = _small_sums(losses.loss, scored, -limit, limit)
+    denominator, ones = losses.denominator, [sum(row) << FRACTION_BITS for row in scored]
+    weights = ones if denominator is None else _small_sums(denominator, scored, _BELOW_ZERO, limit)
+    return None if totals is None or weights is None else _state_of(totals, weights, _counted(counts))
+
+
+def _small_sums(numbers: Tensor, scored: list[list[bool]], least: float, most: float) -> list[int] | None:
+    """Sum the scored numbers of each row in units of `2**-64`; None if one of them is not between two bounds."""
+    sums = []
+    for row, mask in zip(numbers.tolist(), scored, strict=True):
+        total = 0
+        for x in compress(row, mask):
+            if not least < x < most:  # A NaN compares false with everything.
+                return None
+            total += round(x * _ONE)
+        sums.append(total)
+    return sums
 
 
 def _few_sequences(cleared: _Cleared) -> list[int]:
     """Return the state of a tally of a few sequences, whose numbers are small."""
     (upper, weight_upper), (lower, weight_lower) = cleared.sequence_sums().unbind(1)
-    limbs = zip(upper.tolist(), lower.tolist(), weight_upper.tolist(), weight_lower.tolist(), strict=True)
-    return _state_of([((a << LIMB_BITS) + b, (c << LIMB_BITS) + d) for a, b, c, d in limbs], cleared.counted())
+    loss, weight = _joined(upper, lower), _joined(weight_upper, weight_lower)
+    return _state_of(loss, weight, cleared.counted())
 
 
-def _state_of(sequences: list[tuple[int, int]], counts: list[int]) -> list[int]:
+def _joined(upper: Tensor, lower: Tensor) -> list[int]:
+    return [(a << LIMB_BITS) + b for a, b in zip(upper.tolist(), lower.tolist(), strict=True)]
+
+
+def _state_of(losses: list[int], weights: list[int], counts: list[int]) -> list[int]:
     """Return the state of a tally, from the loss and the weight of each sequence and the `TARGET_COUNTS`."""
-    total = weight = loss_loss = loss_weight = weight_weight = num_sequences = 0
-    for s, w in sequences:
-        total, weight, num_sequences = total + s, weight + w, num_sequences + (w > 0)
-        x, y = s >> _LOWEST_SHIFT, w >> _LOWEST_SHIFT
+    loss_loss = loss_weight = weight_weight = num_sequences = 0
+    for loss, weight in zip(losses, weights, strict=True):
+        num_sequences += weight > 0
+        x, y = loss >> _LOWEST_SHIFT, weight >> _LOWEST_SHIFT
         loss_loss, loss_weight, weight_weight = loss_loss + x * x, loss_weight + x * y, weight_weight + y * y
-    sums = total, weight, loss_loss, loss_weight, weight_weight
+    sums = sum(losses), sum(weights), loss_loss, loss_weight, weight_weight
     return [*(limb for number in sums for limb in to_limbs(number)), *counts, num_sequences, 0]
 
 
-def _counted(numbers: dict[int, int]) -> list[int]:
+def _counted(numbers: Mapping[int, int]) -> list[int]:
     """Return `TARGET_COUNTS` of so many targets of each status."""
     totals = dict.fromkeys(TARGET_COUNTS, 0)
     for code, number in numbers.items():
@@ -288,10 +303,11 @@ def _tally_sequences(sums: Tensor, length: int, counts: Tensor) -> list[Tensor]:
         length: The number of targets in a sequence.
         counts: Those of targets.
     """
-    weighty = sums[1].any(0).sum(0, keepdim=True)
     if sums.shape[1] == NUM_LOW_LIMBS:
-        units = (sums[:, 0] << (SEQUENCE_BITS - LIMB_BITS)).add_(sums[:, 1] >> _LOWEST_SHIFT)
-        return [products(units.t().contiguous()), counts, weighty, torch.zeros_like(weighty)]
+        units = torch.add(sums[:, 1] >> _LOWEST_SHIFT, sums[:, 0], alpha=2 ** (SEQUENCE_BITS - LIMB_BITS))
+        weighty = (sums[1, 0] | sums[1, 1]).count_nonzero().view(1)
+        return [products(torch.stack(units.unbind(), 1)), counts, weighty, torch.zeros_like(weighty)]
+    weighty = sums[1].any(0).sum(0, keepdim=True)
     limbs = sums.permute(2, 0, 1) >> _runtime.constant(_SHIFTS, sums, torch.int64)
     units = (limbs * _runtime.constant(_TO_UNITS, sums, torch.int64)).sum(-1)
     # A sequence of 2**26 targets or more might not fit even if every limb of its sum, and so its units, look small.
@@ -348,8 +364,7 @@ class _Cleared(NamedTuple):
         if self.denominator is not None:
             _sum_low_limbs(self.denominator, sums[1], self.most)
         else:
-            sums[1, 0] = self.loss.shape[1] if self.status is None else self._is_scored().sum(-1)
-            sums[1, 0] <<= LIMB_BITS
+            sums[1, 0] = (self.loss.shape[1] if self.status is None else self._is_scored().sum(-1)) << LIMB_BITS
             sums[1, 1] = 0
         return sums
 
@@ -395,9 +410,9 @@ class _Cleared(NamedTuple):
 def _sum_low_limbs(x: Tensor, sums: Tensor, most: float) -> None:
     """Sum the two lowest limbs of each target, of a magnitude of `most`, over its sequence."""
     # Sums of integers below 2**53 are exact in float64, in whatever order, and faster than those of int64.
-    exact = x.dtype == torch.float64 and max(most, 1.0) * x.numel() < 2.0 ** (53 - LIMB_BITS)
+    exact = max(most, 1.0) * x.numel() < 2.0 ** (53 - LIMB_BITS)
     for limb, total in zip(cut(x, NUM_LOW_LIMBS), sums, strict=True):
-        total[:] = limb[:, 0] if limb.shape[1] == 1 else limb.sum(-1, dtype=None if exact else torch.int64)
+        total[:] = limb[:, 0] if limb.shape[1] == 1 else limb.sum(-1, dtype=torch.float64 if exact else torch.int64)
 
 
 def _cleared(losses: TargetLosses) -> _Cleared:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from struct import Struct
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ FRACTION_BITS = 64
 
 _HALVES = 0x8000_8000_8000_8000 - 2**64
 """The highest bit of each 16 bits of an int64."""
+
+_CANONICAL = Struct(">q4I")
+"""Canonical limbs, one after the other, as the digits of one integer."""
 
 _SCALES = [2.0 ** (LIMB_BITS * i - FRACTION_BITS) for i in range(NUM_LIMBS)]
 """What turns a number into multiples of each limb's unit, the top one first."""
@@ -140,10 +144,9 @@ def units_of(lowest: Sequence[float]) -> list[list[float]]:
     return [[unit * 2.0 ** (LIMB_BITS * i) for i in reversed(range(NUM_LIMBS))] for unit in lowest]
 
 
-def to_limbs(number: int) -> list[int]:
+def to_limbs(number: int) -> tuple[int, ...]:
     """Write a multiple of the lowest limb's unit as canonical limbs, the top one first."""
-    shifts = range(LIMB_BITS * (NUM_LIMBS - 1), 0, -LIMB_BITS)
-    return [number >> shifts[0], *((number >> shift) & LIMB_MASK for shift in [*shifts[1:], 0])]
+    return _CANONICAL.unpack(number.to_bytes(_CANONICAL.size, "big", signed=True))
 
 
 def to_int(limbs: Sequence[int]) -> int:
