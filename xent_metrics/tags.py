@@ -9,6 +9,7 @@ the three as a section.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from xent_metrics.reading_info import READINGS
@@ -33,6 +34,8 @@ ENDS = ("", "_epoch")
 
 STAGES = ("train", "val", "test")
 """The stages of a run."""
+
+_PREFIX = re.compile(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", re.ASCII)
 
 
 class Tag(NamedTuple):
@@ -62,6 +65,25 @@ class Tag(NamedTuple):
     def section(self) -> str:
         """What stands before the name: the section of TensorBoard that shows the tag, unless there is a prefix."""
         return self.stage if self.by is None else f"{self.stage}_by_{self.by}"
+
+
+def check_prefix(prefix: str) -> str:
+    """Return the text before all tags; raise ValueError if a logger would refuse it."""
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ValueError(
+            "`prefix` must be a path of letters, digits, '_', '.', '-' and '/', without empty parts or '..', which "
+            f"all loggers accept, got {prefix!r}."
+        )
+    return prefix
+
+
+def as_choices(name: str, values: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the different ones of some names; raise ValueError if they are not a list, or not all known."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, str)
+    wrong = [value for value in values if value not in known] if is_list else [values]
+    if wrong:
+        raise ValueError(f"`{name}` must be a list of some of {list(known)}, got {wrong[0]!r}; () names none.")
+    return tuple(dict.fromkeys(values))
 
 
 def parse_tag(text: str, prefix: str = "") -> Tag | None:

@@ -9,7 +9,6 @@ weight averaging and listed in the model summary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,7 @@ from xent_metrics.lightning.trainer import (
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST, Tag
+from xent_metrics.tags import BEST, STAGES, Tag, as_choices, check_prefix
 from xent_metrics.validation_stats import Decode
 
 if TYPE_CHECKING:
@@ -120,6 +119,7 @@ class CrossEntropyMonitor(Callback):
         num_classes: How many classes there are, for the lines to compare with where no step returns logits.
         backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
             `CrossEntropy`.
+        prog_bar: The readings that progress bars show: of the last window, the last validation and the test.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -149,15 +149,11 @@ class CrossEntropyMonitor(Callback):
         decode: Decode | None = None,
         num_classes: int | None = None,
         backend: Backend = "auto",
+        prog_bar: Sequence[str] = ("bits_per_token",),
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
         check_reading(nan_policy, confidence)
-        if not isinstance(prefix, str) or not re.fullmatch(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", prefix, re.ASCII):
-            raise ValueError(
-                "`prefix` must be a path of letters, digits, '_', '.', '-' and '/', without empty parts or '..', which "
-                f"all loggers accept, got {prefix!r}."
-            )
         self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
         # What tells states of several monitors apart. Options that change no tally are left out.
         self._configuration = {
@@ -170,11 +166,12 @@ class CrossEntropyMonitor(Callback):
         }
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
-        self.prefix = prefix
+        self.prefix = check_prefix(prefix)
         self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
         self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
-        self._value_log = ValueLog()
+        in_bar = as_choices("prog_bar", prog_bar, self._readings.names)
+        self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
         self._group: ProcessGroup | None = None
         self._reset()
 
