@@ -26,6 +26,9 @@ BOUNDED_READINGS = tuple(name for name in LOGGED_READINGS if f"{name}_lower" in 
 BOUNDS = tuple(f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower", "upper"))
 """The ends of those intervals."""
 
+NUM_TOKENS = "num_tokens"
+"""How many targets were scored: in training since the fit began, in validation and test in all."""
+
 BEST, UNIFORM, UNIGRAM = "best_bits_per_token", "uniform_bits_per_token", "unigram_bits_per_token"
 """The lowest validation so far, and two reference lines; of validations only."""
 

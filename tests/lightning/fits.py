@@ -173,6 +173,12 @@ def readings(batches: Iterable[Scored]) -> dict[str, float]:
     return readings_of(nats / count)
 
 
+def counted(batches: Iterable[Scored]) -> dict[str, float]:
+    """All nats over all targets, and how many these are."""
+    batches = list(batches)
+    return readings(batches) | {"num_tokens": pool(batches)[1]}
+
+
 def readings_of(nats: float) -> dict[str, float]:
     """A mean in three units."""
     return {
@@ -249,7 +255,7 @@ class Expected:
         """Expect windows that end after so many batches, at this step."""
         start = 0
         for end, step in ends:
-            self.add("train", step, readings(batches[start:end]))
+            self.add("train", step, readings(batches[start:end]) | {"num_tokens": pool(batches[:end])[1]})
             start = end
         return self
 
@@ -257,14 +263,15 @@ class Expected:
         """Expect epochs of training that end after so many batches, at this step."""
         start = 0
         for end, step in ends:
-            self.add("train", step, readings(batches[start:end]), "_epoch")
+            values = readings(batches[start:end]) | {"num_tokens": pool(batches[:end])[1]}
+            self.add("train", step, values, "_epoch")
             start = end
         return self
 
     def evaluation(self, stage: str, step: int, by_loader: dict[int, list[Scored]], interval: bool = True) -> Expected:
         """Expect a validation or a test, without the best."""
         whole = [scored for batches in by_loader.values() for scored in batches]
-        self.add(stage, step, readings(whole) | (bounds(whole) if interval else {}))
+        self.add(stage, step, counted(whole) | (bounds(whole) if interval else {}))
         if len(by_loader) > 1:
             for i, batches in by_loader.items():
                 self.add(f"{stage}_by_loader", step, readings(batches), f"/dataloader_idx_{i}")

@@ -20,6 +20,7 @@ from tests.lightning.fits import (
     K,
     Model,
     assert_points,
+    counted,
     make_trainer,
     ragged_batches,
     ragged_loader,
@@ -92,11 +93,11 @@ def test_what_has_no_target_reads_nan(tmp_path) -> None:
     module = Model(adapt=adapt)
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), log_every_n_steps=NUM_TRAIN)
     trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
-    nothing = dict.fromkeys(NAMES, math.nan)
+    nothing = dict.fromkeys(NAMES, math.nan) | {"num_tokens": 0}
     expected = Expected().add("train", 6, nothing).add("train", 6, nothing, "_epoch").add("val", 6, nothing)
     expected.add("val", 6, {"best_bits_per_token": math.nan})
     second = module.train_batches[NUM_TRAIN:]
-    expected.add("train", 13, readings(second)).add("train", 13, readings(second), "_epoch")
+    expected.add("train", 13, counted(second)).add("train", 13, counted(second), "_epoch")
     expected.validations(module.evaluations[1:], 13)
     assert_points(logged(trainer), expected.points)
 
@@ -110,7 +111,7 @@ def test_a_mean_of_no_targets_counts_for_nothing(tmp_path) -> None:
     module, trainer = Model("mean", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
     trainer.validate(module, ragged_loader(3), verbose=False)
     [first, _, third] = module.evaluations[0][0]
-    assert monitored(trainer) == pytest.approx(tagged("val", readings([first, third])), rel=1e-6)
+    assert monitored(trainer) == pytest.approx(tagged("val", counted([first, third])), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")

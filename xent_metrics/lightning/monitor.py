@@ -34,7 +34,7 @@ from xent_metrics.lightning.trainer import (
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST, STAGES, Tag, as_choices, check_prefix
+from xent_metrics.tags import BEST, NUM_TOKENS, STAGES, Tag, as_choices, check_prefix
 from xent_metrics.validation_stats import Decode
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class CrossEntropyMonitor(Callback):
         - `val/{reading}`, `test/{reading}`: over the whole epoch and all loaders, each target counting once;
         - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
           `confidence`, clustered by sequence; not logged where there are no two sequences;
+        - `train/num_tokens`, `train/num_tokens_epoch`: how many targets training has scored so far, also before the run
+          was resumed: an axis for scaling plots;
+        - `val/num_tokens`, `test/num_tokens`: how many targets were scored;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
         - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
         - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
@@ -170,7 +173,7 @@ class CrossEntropyMonitor(Callback):
         self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
         self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
-        in_bar = as_choices("prog_bar", prog_bar, self._readings.names)
+        in_bar = as_choices("prog_bar", prog_bar, (*self._readings.names, NUM_TOKENS))
         self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
         self._group: ProcessGroup | None = None
         self._reset()
@@ -265,7 +268,9 @@ class CrossEntropyMonitor(Callback):
         """Log the epoch."""
         reduce_what_is_pending(trainer)
         self._run.close_window(self._group)
-        values = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
+        values, _ = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
+        total = self._readings.read_exactly(self._run.run_total)[0].num_tokens
+        values |= self._readings.count("train", total, suffix="_epoch")
         self._log_epoch(trainer, pl_module, "train", values, {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -345,10 +350,12 @@ class CrossEntropyMonitor(Callback):
 
     def _log_window(self, trainer: Trainer) -> None:
         """Log what was tallied since the last log point."""
-        values = self._readings.read("train", self._run.close_window(self._group))
+        values, window = self._readings.read("train", self._run.close_window(self._group))
+        num_tokens = self._run.num_logged + window.num_tokens
+        values |= self._readings.count("train", num_tokens)
         self._dashboards.on_window_logged(values, current_step(trainer))
         self._value_log.log_step(trainer, values)
-        self._run.mark_logged()
+        self._run.mark_logged(num_tokens)
 
     def _log_epoch(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from xent_metrics.lightning.step_outputs import OutputReader, Tallies
 from xent_metrics.lightning.windows import add_tallies
 from xent_metrics.readings import ExactReading, GroupReading, NanPolicy, check_valid
-from xent_metrics.tags import BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, Tag
+from xent_metrics.tags import BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, NUM_TOKENS, Tag
 from xent_metrics.tally.tally import GroupTally
 from xent_metrics.validation_stats import ValidationPoint
 
@@ -46,8 +46,10 @@ class TaggedReadings:
         bytes_known = outputs.token_bytes is not None
         self.names = (*LOGGED_READINGS, BITS_PER_BYTE) if bytes_known else LOGGED_READINGS
 
-    def read(self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False) -> dict[str, float]:
-        """Return the values of some tallies by tag: of all targets, and of each group that has targets."""
+    def read(
+        self, stage: str, tallies: Tallies, suffix: str = "", bounds: bool = False
+    ) -> tuple[dict[str, float], ExactReading]:
+        """Return the values of some tallies by tag, of all targets and of each group that has some; and the former."""
         whole, by_group = self.read_exactly(tallies[:1]), self.read_exactly(tallies[1:])
         values = _whole_values(whole)
         # Two sequences have an interval. Where all losses are infinite or NaN, so is the interval, and its curves still
@@ -60,7 +62,11 @@ class TaggedReadings:
             for group, value, num_tokens in zip(self._outputs.groups, each, by_group[0].num_tokens, strict=True):
                 if num_tokens:
                     tagged[self._tag(stage, f"{name}{suffix}", "group", group)] = value
-        return tagged
+        return tagged, whole[0]
+
+    def count(self, stage: str, num_tokens: int, suffix: str = "") -> dict[str, float]:
+        """Return a number of targets by tag."""
+        return {self._tag(stage, f"{NUM_TOKENS}{suffix}"): num_tokens}
 
     def read_loaders(self, stage: str, loaders: Sequence[Tallies]) -> EvaluationValues:
         """Return the values of all loaders together and of each by itself."""
@@ -74,7 +80,8 @@ class TaggedReadings:
             }
             for i, whole in (each.items() if len(each) > 1 else ())
         }
-        return EvaluationValues(self.read(stage, total, bounds=True), by_loader, total[:1])
+        values, whole = self.read(stage, total, bounds=True)
+        return EvaluationValues(values | self.count(stage, whole.num_tokens), by_loader, total[:1])
 
     def _tag(self, stage: str, name: str, by: Literal["group", "loader"] | None = None, part: str = "") -> str:
         return Tag(stage, name, by, part).text(self._prefix)

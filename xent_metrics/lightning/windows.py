@@ -101,6 +101,7 @@ class RunTallies:
         failed: Whether there was an exception, after which other ranks may not answer.
         validated: The last validation, without groups.
         best: The lowest bits per token of a validation so far; NaN before the first.
+        num_logged: The number of targets scored in training, until the last log point.
     """
 
     def __init__(self, zero: Tallies, about: str, groups: Sequence[str] = ()) -> None:
@@ -111,6 +112,7 @@ class RunTallies:
         self.epoch = self._reduced_not_logged = zero
         self.run_total = self.validated = zero[:1]
         self.best = math.nan
+        self.num_logged = 0
         self.failed = False
 
     def start_epoch(self) -> None:
@@ -125,9 +127,10 @@ class RunTallies:
         # What an epoch or a checkpoint has reduced before it was logged belongs to the window that is logged next.
         return self._reduced_not_logged
 
-    def mark_logged(self) -> None:
-        """Note that everything that was reduced has been logged."""
+    def mark_logged(self, num_tokens: int) -> None:
+        """Note that everything that was reduced has been logged, and how many targets those are since the beginning."""
         self._reduced_not_logged = self._zero
+        self.num_logged = num_tokens
 
     def update_best(self, bits: float) -> float:
         """Return the lowest bits per token of a validation, now that there is another."""
@@ -173,6 +176,7 @@ class RunTallies:
         tallies = {name: self._loaded(name, state_dict["tallies"][name]) for name in _NAMES}
         self._reduced_not_logged, self.epoch, self.run_total = (tallies[name] for name in _NAMES)
         self.best = state_dict["best_bits_per_token"]
+        self.num_logged = _num_scored(self.run_total) - _num_scored(self._reduced_not_logged)
 
     def _loaded(self, name: str, states: Sequence[Any]) -> Tallies:
         zero = self._zero[:1] if name == "run_total" else self._zero
@@ -183,6 +187,12 @@ class RunTallies:
                 "CrossEntropyMonitor with the `groups` and the `token_bytes` that it was saved with."
             )
         return tuple(type(x)(state.to(x.state.device)) for x, state in zip(zero, states, strict=True))
+
+
+def _num_scored(tallies: Tallies) -> int:
+    """Return how many targets of all were scored."""
+    totals: Any = tallies[0].cpu().unbind()[0].totals()
+    return int(totals.scored)
 
 
 def _described(state: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xent_metrics.reading_info import READINGS
-from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, UNIFORM, UNIGRAM, parse_tag
+from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, NUM_TOKENS, UNIFORM, UNIGRAM, parse_tag
 
 _DESCRIBED = (*LOGGED_READINGS, BITS_PER_BYTE, *BOUNDS)
 # These are read of several validations or of their targets, so nothing is said of what is pooled.
@@ -20,6 +20,11 @@ _POOLED = {
     "val": "all targets of the validation, of all loaders and ranks",
     "test": "all targets of the test, of all loaders and ranks",
 }
+_COUNTED = {
+    "train": "all targets since the run began, also before it was resumed",
+    "val": "those of one validation",
+    "test": "those of the test",
+}
 _POOLED_OF_EPOCH = "all targets of the training epoch, of all ranks, while the model changed"
 
 
@@ -33,6 +38,8 @@ def describe_tag(tag: str, prefix: str = "") -> str | None:
     if ours is None:
         return None
     name = ours.name.removesuffix("_epoch")
+    if name == NUM_TOKENS:
+        return f"{READINGS[name].definition} **Pooled:** {_COUNTED[ours.stage]}, of all ranks, each once."
     if name not in _DESCRIBED:
         return _OF_VALIDATIONS.get(name)
     pooled = _POOLED[ours.stage] if name == ours.name else _POOLED_OF_EPOCH
