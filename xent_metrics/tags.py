@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from xent_metrics.reading_info import READINGS
 
@@ -35,8 +35,10 @@ BEST, UNIFORM, UNIGRAM = "best_bits_per_token", "uniform_bits_per_token", "unigr
 ENDS = ("", "_epoch")
 """What follows the name of a reading of training: nothing for one within an epoch, `_epoch` for one of all of it."""
 
-STAGES = ("train", "val", "test")
-"""The stages of a run."""
+Stage = Literal["train", "val", "test"]
+"""A stage of a run."""
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _PREFIX = re.compile(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", re.ASCII)
 

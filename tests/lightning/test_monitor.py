@@ -215,6 +215,7 @@ ARGUMENTS = {
     "extract": {"extract": "tests.lightning.fits.second_head"},
     "shift": {"shift": True},
     "backend": {"backend": "eager"},
+    "stages": {"stages": ["train", "val"]},
     "bar": {"prog_bar": ["perplexity"]},
 }
 

@@ -34,8 +34,8 @@ from xent_metrics.lightning.trainer import (
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST, NUM_TOKENS, STAGES, Tag, as_choices, check_prefix
-from xent_metrics.validation_stats import Decode
+from xent_metrics.tags import BEST, NUM_TOKENS, STAGES, Stage, Tag, as_choices, check_prefix
+from xent_metrics.validation_stats import Decode, ValidationStats
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -52,6 +52,8 @@ class CrossEntropyMonitor(Callback):
     - `{"logits": ..., "target": ...}`: the losses are computed here, without regularisers or smoothing;
     - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
       known of single targets there is no interval, and there are neither groups nor bytes.
+
+    None, from a step or from `extract`, says that there is nothing to score.
 
     `labels` is accepted for `target`. Either is aligned with `logits` (position t is scored by `logits[:, t]`), unless
     `shift` says otherwise.
@@ -123,6 +125,7 @@ class CrossEntropyMonitor(Callback):
         backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
             `CrossEntropy`.
         prog_bar: The readings that progress bars show: of the last window, the last validation and the test.
+        stages: The stages to read; in the others steps may return anything.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -153,6 +156,7 @@ class CrossEntropyMonitor(Callback):
         num_classes: int | None = None,
         backend: Backend = "auto",
         prog_bar: Sequence[str] = ("bits_per_token",),
+        stages: Sequence[Stage] = STAGES,
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
@@ -172,6 +176,7 @@ class CrossEntropyMonitor(Callback):
         self.prefix = check_prefix(prefix)
         self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
         self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
+        self._stages = as_choices("stages", stages, STAGES)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
         in_bar = as_choices("prog_bar", prog_bar, (*self._readings.names, NUM_TOKENS))
         self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
@@ -253,19 +258,23 @@ class CrossEntropyMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tally the batch, and log the window if Lightning is about to write."""
+        if "train" not in self._stages:
+            return
         if trainer.fit_loop.batch_idx == 0:
             # Lightning does not call `on_train_epoch_start` where a resumed run starts with a new epoch.
             self._run.start_epoch()
         if outputs and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
             # Lightning has divided the loss.
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
-            self._run.window.add_outputs(self._outputs, self._outputs.read("training_step", outputs, batch))
+        # Lightning makes an empty dict of None.
+        self._run.window.add_outputs(self._outputs, self._outputs.read("training_step", outputs or None, batch))
         if is_log_point(trainer, pl_module):
             self._log_window(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
+        if "train" not in self._stages:
+            return
         reduce_what_is_pending(trainer)
         self._run.close_window(self._group)
         values, _ = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
@@ -282,8 +291,7 @@ class CrossEntropyMonitor(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
         stats = None if trainer.sanity_checking else self._dashboards.new_stats(self._outputs.device)
-        num_loaders = len(trainer.num_val_batches)
-        self._evaluation = Evaluation("val", num_loaders, self._outputs, self._repeated, self._flattened, stats)
+        self._start_evaluation("val", len(trainer.num_val_batches), stats)
 
     def on_validation_batch_end(
         self,
@@ -295,12 +303,13 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        assert self._evaluation is not None
-        self._evaluation.add(outputs, batch, trainer.val_dataloaders, batch_idx, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.add(outputs, batch, trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
-        assert self._evaluation is not None
+        if self._evaluation is None:
+            return
         reduce_what_is_pending(trainer)
         values, by_loader, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
         if not trainer.sanity_checking:
@@ -321,8 +330,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        num_loaders = len(trainer.num_test_batches)
-        self._evaluation = Evaluation("test", num_loaders, self._outputs, self._repeated, self._flattened)
+        self._start_evaluation("test", len(trainer.num_test_batches))
 
     def on_test_batch_end(
         self,
@@ -334,19 +342,25 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        assert self._evaluation is not None
-        self._evaluation.add(outputs, batch, trainer.test_dataloaders, batch_idx, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.add(outputs, batch, trainer.test_dataloaders, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        assert self._evaluation is not None
+        if self._evaluation is None:
+            return
         reduce_what_is_pending(trainer)
         values, by_loader, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
         self._log_epoch(trainer, pl_module, "test", values, by_loader)
 
     def _write_hparams(self, logged: Iterable[str]) -> None:
-        tags = [Tag("val", name).text(self.prefix) for name in (BEST, *self._readings.names)]
+        names = (BEST, *self._readings.names) if "val" in self._stages else ()
+        tags = [Tag("val", name).text(self.prefix) for name in names]
         self._dashboards.write_hparams(tags, logged)
+
+    def _start_evaluation(self, stage: Stage, num_loaders: int, stats: ValidationStats | None = None) -> None:
+        parts = (self._outputs, self._repeated, self._flattened, stats)
+        self._evaluation = Evaluation(stage, num_loaders, *parts) if stage in self._stages else None
 
     def _log_window(self, trainer: Trainer) -> None:
         """Log what was tallied since the last log point."""

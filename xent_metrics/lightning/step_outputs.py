@@ -118,15 +118,17 @@ class OutputReader:
         by_group = (GroupTally.zero(len(self.groups), self.device) for _ in range(num_units if self.groups else 0))
         return (whole, *by_group)
 
-    def read(self, step: str, outputs: Any, batch: Any) -> StepOutputs | MeanOutput:
-        """Return what a step returned in one of the three forms.
+    def read(self, step: str, outputs: Any, batch: Any) -> StepOutputs | MeanOutput | None:
+        """Return what a step returned in one of the three forms; None if it, or `extract`, returned None.
 
         Raises:
             TypeError: If a part of it is no tensor, or a count no number.
             ValueError: If it is in none of them, or on another device.
         """
         source = step if self.extract is None else f"`extract`, called after {step},"
-        form = outputs if self.extract is None else self.extract(outputs, batch)
+        form = outputs if self.extract is None or outputs is None else self.extract(outputs, batch)
+        if form is None:
+            return None
         if isinstance(form, Mapping):
             target = form.get("labels") if form.get("target") is None else form["target"]
             group = form.get("group")

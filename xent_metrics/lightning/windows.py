@@ -63,8 +63,10 @@ class Pool:
         if self._num_losses >= _MAX_LOSSES or len(self._kept) >= _MAX_BATCHES:
             self._tally_kept()
 
-    def add_outputs(self, reader: OutputReader, outputs: StepOutputs | MeanOutput) -> ScoredBatch | None:
-        """Add what a step returned, and return its losses; None for a mean, which has no losses of single targets."""
+    def add_outputs(self, reader: OutputReader, outputs: StepOutputs | MeanOutput | None) -> ScoredBatch | None:
+        """Add what a step returned, and return its losses; None for a mean or nothing: no losses of single targets."""
+        if outputs is None:
+            return None
         if isinstance(outputs, MeanOutput):
             self.add(reader.tally_mean(outputs))
             return None

@@ -25,6 +25,7 @@ _COUNTED = {
     "val": "those of one validation",
     "test": "those of the test",
 }
+_LEFT_OUT = "\n\n**Left out:** targets that are ignored (padding), and samples that ranks repeat to be equally many."
 _POOLED_OF_EPOCH = "all targets of the training epoch, of all ranks, while the model changed"
 
 
@@ -39,7 +40,7 @@ def describe_tag(tag: str, prefix: str = "") -> str | None:
         return None
     name = ours.name.removesuffix("_epoch")
     if name == NUM_TOKENS:
-        return f"{READINGS[name].definition} **Pooled:** {_COUNTED[ours.stage]}, of all ranks, each once."
+        return f"{READINGS[name].definition}\n\n**Pooled:** {_COUNTED[ours.stage]}, of all ranks, each once.{_LEFT_OUT}"
     if name not in _DESCRIBED:
         return _OF_VALIDATIONS.get(name)
     pooled = _POOLED[ours.stage] if name == ours.name else _POOLED_OF_EPOCH
@@ -49,6 +50,5 @@ def describe_tag(tag: str, prefix: str = "") -> str | None:
     if name in BOUNDS:
         pooled += "; the interval is that of a sample of sequences, not of tokens"
     return (
-        f"{READINGS[name].definition}\n\n**Pooled:** {pooled}; each target counts once, whatever its batch.\n\n"
-        "**Left out:** targets that are ignored (padding), and samples that ranks repeat to be equally many."
+        f"{READINGS[name].definition}\n\n**Pooled:** {pooled}; each target counts once, whatever its batch.{_LEFT_OUT}"
     )
