@@ -27,7 +27,11 @@ def all_tags() -> list[Tag]:
     names = (*LOGGED_READINGS, BITS_PER_BYTE, NUM_TOKENS)
     whole = [Tag(stage, name) for stage in STAGES for name in (*names, *BOUNDS, BEST, UNIFORM, UNIGRAM)]
     whole += [Tag("train", f"{name}_epoch") for name in names]
-    parts = [*(("group", group) for group in GROUPS), *(("loader", f"dataloader_idx_{i}") for i in (0, 1, 10))]
+    parts = [
+        *(("group", group) for group in GROUPS),
+        *(("loader", f"dataloader_idx_{i}") for i in (0, 1, 10)),
+        ("loader", "books"),
+    ]
     return whole + [tag._replace(by=by, part=part) for tag, (by, part) in itertools.product(whole, parts)]
 
 

@@ -1,7 +1,8 @@
 """Names of the logged values.
 
 The tag of all targets of a stage is `{prefix}{stage}/{name}`, that of a group is
-`{prefix}{stage}_by_group/{name}/{group}`, and that of a loader `{prefix}{stage}_by_loader/{name}/dataloader_idx_{i}`.
+`{prefix}{stage}_by_group/{name}/{group}`, and that of a loader `{prefix}{stage}_by_loader/{name}/dataloader_idx_{i}`,
+or with the name of the loader at the end.
 So no tag is a folder of another: MLflow keeps a file for each tag, and a file is no folder. TensorBoard shows each of
 the three as a section.
 """
@@ -29,6 +30,18 @@ BOUNDS = tuple(f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower",
 NUM_TOKENS = "num_tokens"
 """How many targets were scored: in training since the fit began, in validation and test in all."""
 
+OF_SCORES = ("accuracy", "entropy")
+"""What is read of logits only, if it is asked for."""
+
+LoggedReading = Literal["cross_entropy", "bits_per_token", "perplexity", "num_tokens", "accuracy", "entropy"]
+"""What can be chosen to be logged of every stage."""
+
+DEFAULT_READINGS: tuple[LoggedReading, ...] = ("cross_entropy", "bits_per_token", "perplexity", "num_tokens")
+"""What is logged of every stage unless others are chosen."""
+
+MACRO = {"macro_cross_entropy": "cross_entropy", "macro_bits_per_byte": "bits_per_byte"}
+"""Unweighted means over groups, or over loaders, and the reading that each is the mean of."""
+
 BEST, UNIFORM, UNIGRAM = "best_bits_per_token", "uniform_bits_per_token", "unigram_bits_per_token"
 """The lowest validation so far, and two reference lines; of validations only."""
 
@@ -50,7 +63,7 @@ class Tag(NamedTuple):
         stage: One of `STAGES`.
         name: The name of a reading, with `_epoch` where it is of an epoch of training.
         by: What the targets are divided by; None for all of them.
-        part: The name of a group, or `dataloader_idx_{i}`.
+        part: The name of a group or of a loader, or `dataloader_idx_{i}`.
     """
 
     stage: str
@@ -82,6 +95,15 @@ def check_prefix(prefix: str) -> str:
     return prefix
 
 
+def check_own(prefix: str, prefixes: Sequence[str]) -> None:
+    """Raise ValueError if several callbacks of a Trainer have this prefix."""
+    if prefixes.count(prefix) > 1:
+        raise ValueError(
+            f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {prefix!r} twice; their values "
+            "would be averaged under one tag."
+        )
+
+
 def as_choices(name: str, values: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
     """Return the different ones of some names; raise ValueError if they are not a list, or not all known."""
     is_list = isinstance(values, Iterable) and not isinstance(values, str)
@@ -89,6 +111,17 @@ def as_choices(name: str, values: Iterable[str], known: Sequence[str]) -> tuple[
     if wrong:
         raise ValueError(f"`{name}` must be a list of some of {list(known)}, got {wrong[0]!r}; () names none.")
     return tuple(dict.fromkeys(values))
+
+
+def is_part(name: object) -> bool:
+    """Return whether a name can be the last part of a tag, and is not mistaken for Lightning's number of a loader."""
+    return isinstance(name, str) and re.fullmatch(r"(?!dataloader_idx|\.{1,2}$)[\w.-]+", name, re.ASCII) is not None
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a name is that of a value of ours."""
+    name = name.removesuffix("_epoch")
+    return name in READINGS or name in MACRO or name in (BEST, UNIFORM, UNIGRAM)
 
 
 def parse_tag(text: str, prefix: str = "") -> Tag | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,20 +268,39 @@ class Expected:
             start = end
         return self
 
-    def evaluation(self, stage: str, step: int, by_loader: dict[int, list[Scored]], interval: bool = True) -> Expected:
+    def evaluation(
+        self,
+        stage: str,
+        step: int,
+        by_loader: dict[int, list[Scored]],
+        interval: bool = True,
+        groups: list[list[Scored]] | None = None,
+        names: Sequence[str] = (),
+    ) -> Expected:
         """Expect a validation or a test, without the best."""
         whole = [scored for batches in by_loader.values() for scored in batches]
         self.add(stage, step, counted(whole) | (bounds(whole) if interval else {}))
         if len(by_loader) > 1:
             for i, batches in by_loader.items():
-                self.add(f"{stage}_by_loader", step, readings(batches), f"/dataloader_idx_{i}")
+                self.add(
+                    f"{stage}_by_loader", step, readings(batches), f"/{names[i] if names else f'dataloader_idx_{i}'}"
+                )
+        if groups or len(by_loader) > 1:
+            self.macro(stage, step, groups or [*by_loader.values()])
         return self
 
-    def validations(self, evaluations: list[dict[int, list[Scored]]], *steps: int, interval: bool = True) -> Expected:
+    def macro(self, stage: str, step: int, parts: list[list[Scored]]) -> Expected:
+        """Expect the unweighted mean over parts that have targets."""
+        each = [readings(part)["cross_entropy"] for part in parts if pool(part)[1]]
+        return self.add(stage, step, {"macro_cross_entropy": sum(each) / len(each)})
+
+    def validations(
+        self, evaluations: list[dict[int, list[Scored]]], *steps: int, interval: bool = True, names: Sequence[str] = ()
+    ) -> Expected:
         """Expect the validations of a fit, with the best so far."""
         best = math.inf
         for step, by_loader in zip(steps, evaluations, strict=True):
-            self.evaluation("val", step, by_loader, interval)
+            self.evaluation("val", step, by_loader, interval, names=names)
             best = min(best, self.points["val/bits_per_token"][-1][1])
             self.add("val", step, {"best_bits_per_token": best})
         return self

@@ -216,6 +216,8 @@ ARGUMENTS = {
     "shift": {"shift": True},
     "backend": {"backend": "eager"},
     "stages": {"stages": ["train", "val"]},
+    "readings": {"readings": ["cross_entropy", "num_tokens", "entropy"]},
+    "extras": {"extras": ["z_loss"]},
     "bar": {"prog_bar": ["perplexity"]},
 }
 

@@ -136,6 +136,15 @@ def test_loaders_keep_their_numbers_where_one_of_them_has_no_targets(tmp_path, e
     assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
 
 
+@pytest.mark.parametrize("names", [("a/b", "c"), (1, 2), ("dataloader_idx_1", "x")])
+def test_loaders_whose_names_are_no_parts_of_tags_have_numbers(tmp_path, names) -> None:
+    """A slash would make a folder, and a number of another loader be mistaken for it."""
+    module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, dict(zip(names, (ragged_loader(2), ragged_loader(3)), strict=True)), verbose=False)
+    [by_loader] = module.evaluations
+    assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
+
+
 def one_infinite(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> dict[str, Any]:
     """Make the first loss of the second batch infinite."""
     if batch_idx != 1 or stage == "train":

@@ -10,7 +10,8 @@ weight averaging and listed in the model summary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
@@ -23,18 +24,25 @@ from xent_metrics.lightning.flattened_targets import FlattenedTargets
 from xent_metrics.lightning.import_path import as_function
 from xent_metrics.lightning.log_values import ValueLog, reduce_what_is_pending
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
+from xent_metrics.lightning.run_summary import describe_run
 from xent_metrics.lightning.step_outputs import OutputReader
 from xent_metrics.lightning.tagged_readings import TaggedReadings
-from xent_metrics.lightning.trainer import (
-    current_step,
-    data_parallel_group,
-    describe_run,
-    is_log_point,
-)
+from xent_metrics.lightning.trainer import current_step, data_parallel_group, is_log_point
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST, NUM_TOKENS, STAGES, Stage, Tag, as_choices, check_prefix
+from xent_metrics.tags import (
+    BEST,
+    DEFAULT_READINGS,
+    OF_SCORES,
+    STAGES,
+    LoggedReading,
+    Stage,
+    Tag,
+    as_choices,
+    check_own,
+    check_prefix,
+)  # fmt: skip
 from xent_metrics.validation_stats import Decode, ValidationStats
 
 if TYPE_CHECKING:
@@ -60,7 +68,7 @@ class CrossEntropyMonitor(Callback):
 
     Logged metrics:
         `{stage}` is `train`, `val` or `test`, `{reading}` is `cross_entropy` (nats), `bits_per_token` or `perplexity`,
-        and with `token_bytes` also `bits_per_byte`; `prefix` stands before all of them.
+        with `token_bytes` also `bits_per_byte`, and what `readings` and `extras` name; `prefix` stands before all.
 
         - `train/{reading}`: over all targets since the last log point (not the last batch only), at the steps where
           Lightning logs;
@@ -72,7 +80,10 @@ class CrossEntropyMonitor(Callback):
           was resumed: an axis for scaling plots;
         - `val/num_tokens`, `test/num_tokens`: how many targets were scored;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
-        - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
+        - `{val,test}/macro_cross_entropy`, and with `token_bytes` `macro_bits_per_byte`: the unweighted mean over the
+          groups that have targets; without `groups`, over the loaders, if several have;
+        - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`, or `/{name}` of loaders given as a dict: each loader by
+          itself, if several have targets;
         - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
         - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
           `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
@@ -126,6 +137,11 @@ class CrossEntropyMonitor(Callback):
             `CrossEntropy`.
         prog_bar: The readings that progress bars show: of the last window, the last validation and the test.
         stages: The stages to read; in the others steps may return anything.
+        readings: What to log of every stage; besides the default there are `accuracy`, the share of targets that are
+            the most likely class, and `entropy`, the mean entropy of the model's own distribution in nats, in the same
+            pass over the logits, and only where steps return some.
+        extras: Names of means that steps return in their form as `"extra": {name: mean over its targets}`, such as a
+            z-loss, to log them as `{stage}/{name}`, weighted by their targets.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -157,28 +173,26 @@ class CrossEntropyMonitor(Callback):
         backend: Backend = "auto",
         prog_bar: Sequence[str] = ("bits_per_token",),
         stages: Sequence[Stage] = STAGES,
+        readings: Sequence[LoggedReading] = DEFAULT_READINGS,
+        extras: Sequence[str] = (),
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
         check_reading(nan_policy, confidence)
-        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
-        # What tells states of several monitors apart. Options that change no tally are left out.
-        self._configuration = {
-            "class_dim": class_dim,
-            "ignore_index": ignore_index,
-            "shift": shift,
-            "groups": self._outputs.groups,
-            "token_bytes": self._outputs.token_bytes is not None,
-            "prefix": prefix,
-        }
+        names = as_choices("readings", readings, get_args(LoggedReading))
+        of_scores = [name for name in OF_SCORES if name in names]
+        self._outputs = OutputReader(
+            extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend, of_scores, extras
+        )
+        self._configuration = {**self._outputs.configuration, "prefix": prefix}
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
         self.prefix = check_prefix(prefix)
         self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
-        self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
+        self._readings = TaggedReadings(names, self._outputs, nan_policy, confidence, prefix)
         self._stages = as_choices("stages", stages, STAGES)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
-        in_bar = as_choices("prog_bar", prog_bar, (*self._readings.names, NUM_TOKENS))
+        in_bar = as_choices("prog_bar", prog_bar, (*get_args(LoggedReading), *self._readings.names))
         self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
         self._group: ProcessGroup | None = None
         self._reset()
@@ -227,11 +241,7 @@ class CrossEntropyMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move to the device of the run; a fit starts without the tallies of the last one."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(other, CrossEntropyMonitor) and other.prefix == self.prefix for other in callbacks) > 1:
-            raise ValueError(
-                f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {self.prefix!r} twice; their "
-                "values would be averaged under one tag."
-            )
+        check_own(self.prefix, [other.prefix for other in callbacks if isinstance(other, CrossEntropyMonitor)])
         self._outputs.to(trainer.strategy.root_device)
         self._group = data_parallel_group(trainer)
         if stage == "fit":  # Lightning loads the state of a checkpoint after this.
@@ -285,8 +295,11 @@ class CrossEntropyMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write the summary of the run."""
         self._write_hparams(trainer.callback_metrics)
-        last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on after the last batch.
-        self._dashboards.finish(last_step, self.decode, lambda: self._summarised(trainer, pl_module))
+        last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on.
+        own = {**self._configuration, "nan_policy": self.nan_policy, "confidence": self.confidence}
+        stats = self._evaluation.stats if self._evaluation else None
+        facts = partial(describe_run, trainer, pl_module, own, self._run, self._readings, stats)
+        self._dashboards.finish(last_step, self.decode, facts)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
@@ -311,16 +324,16 @@ class CrossEntropyMonitor(Callback):
         if self._evaluation is None:
             return
         reduce_what_is_pending(trainer)
-        values, by_loader, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
+        read = self._readings.read_loaders("val", self._evaluation.reduce(self._group), trainer.val_dataloaders)
         if not trainer.sanity_checking:
-            self._run.validated = total
+            self._run.validated = read.total
             if trainer.state.fn == "fit":
-                bits = values[Tag("val", "bits_per_token").text(self.prefix)]
-                values[Tag("val", BEST).text(self.prefix)] = self._run.update_best(bits)
-        self._log_epoch(trainer, pl_module, "val", values, by_loader)
+                best = self._run.update_best(read.reading.bits_per_token)
+                if "bits_per_token" in self._readings.names:
+                    read.whole[Tag("val", BEST).text(self.prefix)] = best
+        self._log_epoch(trainer, pl_module, "val", read.whole, read.by_loader)
         if self._evaluation.stats is not None:
-            point = self._readings.validation_point(current_step(trainer), values)
-            alone = trainer.state.fn == "validate"
+            point, alone = read.point(current_step(trainer)), trainer.state.fn == "validate"
             self._dashboards.add_validation(self._evaluation.stats, point, self._group, self.decode, draw_now=alone)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -350,8 +363,8 @@ class CrossEntropyMonitor(Callback):
         if self._evaluation is None:
             return
         reduce_what_is_pending(trainer)
-        values, by_loader, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
-        self._log_epoch(trainer, pl_module, "test", values, by_loader)
+        read = self._readings.read_loaders("test", self._evaluation.reduce(self._group), trainer.test_dataloaders)
+        self._log_epoch(trainer, pl_module, "test", read.whole, read.by_loader)
 
     def _write_hparams(self, logged: Iterable[str]) -> None:
         names = (BEST, *self._readings.names) if "val" in self._stages else ()
@@ -385,12 +398,3 @@ class CrossEntropyMonitor(Callback):
             step = current_step(trainer) - (stage == "train")
             self._dashboards.on_epoch_logged(everything, stage, step)
         self._value_log.log_epoch(trainer, pl_module, values, by_loader)
-
-    def _summarised(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Return what a summary tells of a run: its configuration, its counts of targets, its repeated samples."""
-        own = {**self._configuration, "nan_policy": self.nan_policy, "confidence": self.confidence}
-        configuration = describe_run(trainer, pl_module) | {f"CrossEntropyMonitor.{k}": v for k, v in own.items()}
-        totals = {"training": self._run.run_total, "the last validation": self._run.validated}
-        counts = {name: self._readings.read_exactly(tallies)[0] for name, tallies in totals.items()}
-        stats = self._evaluation.stats if self._evaluation else None
-        return configuration, counts, stats.histogram.num_repeated if stats else 0

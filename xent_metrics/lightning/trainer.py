@@ -48,7 +48,7 @@ def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
     return group
 
 
-def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+def describe_trainer(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return how long a run was, on what it ran, and its hyperparameters."""
     return {
         "steps": trainer.global_step,

@@ -12,7 +12,7 @@ import torch
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, StepOutputs, Tallies
 from xent_metrics.losses.score import ScoredBatch
-from xent_metrics.tally.tally import sum_tallies_over_ranks
+from xent_metrics.tally.tally import Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,13 +46,13 @@ class Pool:
     """
 
     def __init__(self, zero: Tallies) -> None:
-        self._total = zero
+        self._zero = self._total = zero
         self._kept: list[ScoredBatch] = []
         self._num_losses = 0
 
     def add(self, tallies: Tallies) -> None:
-        """Add tallies."""
-        self._total = add_tallies(self._total, tallies)
+        """Add tallies; those of the last units may be missing, where a step did not return what they are read of."""
+        self._total = add_tallies(self._total, _completed(tallies, self._zero))
 
     def keep(self, batch: ScoredBatch) -> None:
         """Add the losses of a batch, to be tallied later."""
@@ -69,8 +69,12 @@ class Pool:
             return None
         if isinstance(outputs, MeanOutput):
             self.add(reader.tally_mean(outputs))
+            if outputs.extra:
+                self.add(reader.tally_extra(outputs.extra, outputs.num_tokens))
             return None
         batch = reader.score(outputs)
+        if outputs.extra:
+            self.add(reader.tally_extra(outputs.extra, batch.is_scored.sum()))
         if outputs.group is None:
             self.keep(batch)
         else:
@@ -87,6 +91,15 @@ class Pool:
             # Emptied first: losses that cannot be tallied raise once, not whenever somebody asks for the rest.
             kept, self._kept, self._num_losses = self._kept, [], 0
             self.add(OutputReader.tally_joined(kept))
+
+
+def _completed(tallies: Tallies, zero: Tallies) -> Tallies:
+    """Return tallies with those of no targets for whatever units they lack at their end."""
+    whole, *by_group = tallies
+    expected: Any = zero[0]
+    if isinstance(whole, Tally) and whole.state.shape != expected.state.shape:
+        whole = Tally.stack(*(known := whole.unbind()), *expected.unbind()[len(known) :])
+    return (whole, *by_group, *zero[1 + len(by_group) :])
 
 
 class RunTallies:
@@ -186,7 +199,7 @@ class RunTallies:
         if found != expected:
             raise ValueError(
                 f"`state_dict` must hold tallies of shapes {expected} as {name!r}, got {found}; load it into a "
-                "CrossEntropyMonitor with the `groups` and the `token_bytes` that it was saved with."
+                "CrossEntropyMonitor with the `groups`, `token_bytes`, `readings` and `extras` that it was saved with."
             )
         return tuple(type(x)(state.to(x.state.device)) for x, state in zip(zero, states, strict=True))
 
