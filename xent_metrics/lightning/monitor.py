@@ -137,11 +137,10 @@ class CrossEntropyMonitor(Callback):
             `CrossEntropy`.
         prog_bar: The readings that progress bars show: of the last window, the last validation and the test.
         stages: The stages to read; in the others steps may return anything.
-        readings: What to log of every stage; besides the default there are `accuracy`, the share of targets that are
-            the most likely class, and `entropy`, the mean entropy of the model's own distribution in nats, in the same
-            pass over the logits, and only where steps return some.
+        readings: What to log of every stage; besides the default there are `accuracy` and `entropy`, the mean entropy
+            of the model's own distribution in nats: where steps return logits, in the same pass over them.
         extras: Names of means that steps return in their form as `"extra": {name: mean over its targets}`, such as a
-            z-loss, to log them as `{stage}/{name}`, weighted by their targets.
+            z-loss; they are logged as `{stage}/{name}`, weighted by their targets.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -367,9 +366,9 @@ class CrossEntropyMonitor(Callback):
         self._log_epoch(trainer, pl_module, "test", read.whole, read.by_loader)
 
     def _write_hparams(self, logged: Iterable[str]) -> None:
-        names = (BEST, *self._readings.names) if "val" in self._stages else ()
-        tags = [Tag("val", name).text(self.prefix) for name in names]
-        self._dashboards.write_hparams(tags, logged)
+        names = self._readings.names if "val" in self._stages else ()
+        best = (BEST,) if "bits_per_token" in names else ()
+        self._dashboards.write_hparams([Tag("val", name).text(self.prefix) for name in (*best, *names)], logged)
 
     def _start_evaluation(self, stage: Stage, num_loaders: int, stats: ValidationStats | None = None) -> None:
         parts = (self._outputs, self._repeated, self._flattened, stats)
