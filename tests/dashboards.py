@@ -16,8 +16,8 @@ BOUNDS = [f"{name}_{end}" for name in ("cross_entropy", "perplexity") for end in
 REFERENCES = ("uniform_bits_per_token", "unigram_bits_per_token")
 PICTURES = ("val/by_position", "val/distribution", "val/interval", "val/surprisal")
 CURVES = {
-    *(f"train/{name}{suffix}" for name in READINGS for suffix in ("", "_epoch")),
-    *(f"val/{name}" for name in (*READINGS, *BOUNDS, *REFERENCES, "best_bits_per_token")),
+    *(f"train/{name}{suffix}" for name in (*READINGS, "num_tokens") for suffix in ("", "_epoch")),
+    *(f"val/{name}" for name in (*READINGS, *BOUNDS, *REFERENCES, "best_bits_per_token", "num_tokens")),
     *READINGS,  # The overlays
 }
 

@@ -6,17 +6,32 @@ import itertools
 
 import pytest
 
-from xent_metrics.tags import BEST, BITS_PER_BYTE, BOUNDS, LOGGED_READINGS, STAGES, UNIFORM, UNIGRAM, Tag, parse_tag
+from xent_metrics.tags import (
+    BEST,
+    BITS_PER_BYTE,
+    BOUNDS,
+    LOGGED_READINGS,
+    NUM_TOKENS,
+    STAGES,
+    UNIFORM,
+    UNIGRAM,
+    Tag,
+    parse_tag,
+)
 
 GROUPS = ("web", "val", "cross_entropy", "train_by_group", "a.b-c")
 
 
 def all_tags() -> list[Tag]:
     """Every tag that can occur, with names of groups that are meant to confuse."""
-    names = (*LOGGED_READINGS, BITS_PER_BYTE)
+    names = (*LOGGED_READINGS, BITS_PER_BYTE, NUM_TOKENS)
     whole = [Tag(stage, name) for stage in STAGES for name in (*names, *BOUNDS, BEST, UNIFORM, UNIGRAM)]
     whole += [Tag("train", f"{name}_epoch") for name in names]
-    parts = [*(("group", group) for group in GROUPS), *(("loader", f"dataloader_idx_{i}") for i in (0, 1, 10))]
+    parts = [
+        *(("group", group) for group in GROUPS),
+        *(("loader", f"dataloader_idx_{i}") for i in (0, 1, 10)),
+        ("loader", "books"),
+    ]
     return whole + [tag._replace(by=by, part=part) for tag, (by, part) in itertools.product(whole, parts)]
 
 

@@ -1,7 +1,8 @@
 """Names of the logged values.
 
 The tag of all targets of a stage is `{prefix}{stage}/{name}`, that of a group is
-`{prefix}{stage}_by_group/{name}/{group}`, and that of a loader `{prefix}{stage}_by_loader/{name}/dataloader_idx_{i}`.
+`{prefix}{stage}_by_group/{name}/{group}`, and that of a loader `{prefix}{stage}_by_loader/{name}/dataloader_idx_{i}`,
+or with the name of the loader at the end.
 So no tag is a folder of another: MLflow keeps a file for each tag, and a file is no folder. TensorBoard shows each of
 the three as a section.
 """
@@ -9,7 +10,8 @@ the three as a section.
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple, get_args
 
 from xent_metrics.reading_info import READINGS
 
@@ -25,14 +27,33 @@ BOUNDED_READINGS = tuple(name for name in LOGGED_READINGS if f"{name}_lower" in 
 BOUNDS = tuple(f"{name}_{end}" for name in BOUNDED_READINGS for end in ("lower", "upper"))
 """The ends of those intervals."""
 
+NUM_TOKENS = "num_tokens"
+"""How many targets were scored: in training since the fit began, in validation and test in all."""
+
+OF_SCORES = ("accuracy", "entropy")
+"""What is read of logits only, if it is asked for."""
+
+LoggedReading = Literal["cross_entropy", "bits_per_token", "perplexity", "num_tokens", "accuracy", "entropy"]
+"""What can be chosen to be logged of every stage."""
+
+DEFAULT_READINGS: tuple[LoggedReading, ...] = ("cross_entropy", "bits_per_token", "perplexity", "num_tokens")
+"""What is logged of every stage unless others are chosen."""
+
+MACRO = {"macro_cross_entropy": "cross_entropy", "macro_bits_per_byte": "bits_per_byte"}
+"""Unweighted means over groups, or over loaders, and the reading that each is the mean of."""
+
 BEST, UNIFORM, UNIGRAM = "best_bits_per_token", "uniform_bits_per_token", "unigram_bits_per_token"
 """The lowest validation so far, and two reference lines; of validations only."""
 
 ENDS = ("", "_epoch")
 """What follows the name of a reading of training: nothing for one within an epoch, `_epoch` for one of all of it."""
 
-STAGES = ("train", "val", "test")
-"""The stages of a run."""
+Stage = Literal["train", "val", "test"]
+"""A stage of a run."""
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_PREFIX = re.compile(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", re.ASCII)
 
 
 class Tag(NamedTuple):
@@ -42,7 +63,7 @@ class Tag(NamedTuple):
         stage: One of `STAGES`.
         name: The name of a reading, with `_epoch` where it is of an epoch of training.
         by: What the targets are divided by; None for all of them.
-        part: The name of a group, or `dataloader_idx_{i}`.
+        part: The name of a group or of a loader, or `dataloader_idx_{i}`.
     """
 
     stage: str
@@ -62,6 +83,45 @@ class Tag(NamedTuple):
     def section(self) -> str:
         """What stands before the name: the section of TensorBoard that shows the tag, unless there is a prefix."""
         return self.stage if self.by is None else f"{self.stage}_by_{self.by}"
+
+
+def check_prefix(prefix: str) -> str:
+    """Return the text before all tags; raise ValueError if a logger would refuse it."""
+    if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+        raise ValueError(
+            "`prefix` must be a path of letters, digits, '_', '.', '-' and '/', without empty parts or '..', which "
+            f"all loggers accept, got {prefix!r}."
+        )
+    return prefix
+
+
+def check_own(prefix: str, prefixes: Sequence[str]) -> None:
+    """Raise ValueError if several callbacks of a Trainer have this prefix."""
+    if prefixes.count(prefix) > 1:
+        raise ValueError(
+            f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {prefix!r} twice; their values "
+            "would be averaged under one tag."
+        )
+
+
+def as_choices(name: str, values: Iterable[str], known: Sequence[str]) -> tuple[str, ...]:
+    """Return the different ones of some names; raise ValueError if they are not a list, or not all known."""
+    is_list = isinstance(values, Iterable) and not isinstance(values, str)
+    wrong = [value for value in values if value not in known] if is_list else [values]
+    if wrong:
+        raise ValueError(f"`{name}` must be a list of some of {list(known)}, got {wrong[0]!r}; () names none.")
+    return tuple(dict.fromkeys(values))
+
+
+def is_part(name: object) -> bool:
+    """Return whether a name can be the last part of a tag, and is not mistaken for Lightning's number of a loader."""
+    return isinstance(name, str) and re.fullmatch(r"(?!dataloader_idx|\.{1,2}$)[\w.-]+", name, re.ASCII) is not None
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a name is that of a value of ours."""
+    name = name.removesuffix("_epoch")
+    return name in READINGS or name in MACRO or name in (BEST, UNIFORM, UNIGRAM)
 
 
 def parse_tag(text: str, prefix: str = "") -> Tag | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,12 @@ def readings(batches: Iterable[Scored]) -> dict[str, float]:
     return readings_of(nats / count)
 
 
+def counted(batches: Iterable[Scored]) -> dict[str, float]:
+    """All nats over all targets, and how many these are."""
+    batches = list(batches)
+    return readings(batches) | {"num_tokens": pool(batches)[1]}
+
+
 def readings_of(nats: float) -> dict[str, float]:
     """A mean in three units."""
     return {
@@ -249,7 +255,7 @@ class Expected:
         """Expect windows that end after so many batches, at this step."""
         start = 0
         for end, step in ends:
-            self.add("train", step, readings(batches[start:end]))
+            self.add("train", step, readings(batches[start:end]) | {"num_tokens": pool(batches[:end])[1]})
             start = end
         return self
 
@@ -257,24 +263,44 @@ class Expected:
         """Expect epochs of training that end after so many batches, at this step."""
         start = 0
         for end, step in ends:
-            self.add("train", step, readings(batches[start:end]), "_epoch")
+            values = readings(batches[start:end]) | {"num_tokens": pool(batches[:end])[1]}
+            self.add("train", step, values, "_epoch")
             start = end
         return self
 
-    def evaluation(self, stage: str, step: int, by_loader: dict[int, list[Scored]], interval: bool = True) -> Expected:
+    def evaluation(
+        self,
+        stage: str,
+        step: int,
+        by_loader: dict[int, list[Scored]],
+        interval: bool = True,
+        groups: list[list[Scored]] | None = None,
+        names: Sequence[str] = (),
+    ) -> Expected:
         """Expect a validation or a test, without the best."""
         whole = [scored for batches in by_loader.values() for scored in batches]
-        self.add(stage, step, readings(whole) | (bounds(whole) if interval else {}))
+        self.add(stage, step, counted(whole) | (bounds(whole) if interval else {}))
         if len(by_loader) > 1:
             for i, batches in by_loader.items():
-                self.add(f"{stage}_by_loader", step, readings(batches), f"/dataloader_idx_{i}")
+                self.add(
+                    f"{stage}_by_loader", step, readings(batches), f"/{names[i] if names else f'dataloader_idx_{i}'}"
+                )
+        if groups or len(by_loader) > 1:
+            self.macro(stage, step, groups or [*by_loader.values()])
         return self
 
-    def validations(self, evaluations: list[dict[int, list[Scored]]], *steps: int, interval: bool = True) -> Expected:
+    def macro(self, stage: str, step: int, parts: list[list[Scored]]) -> Expected:
+        """Expect the unweighted mean over parts that have targets."""
+        each = [readings(part)["cross_entropy"] for part in parts if pool(part)[1]]
+        return self.add(stage, step, {"macro_cross_entropy": sum(each) / len(each)})
+
+    def validations(
+        self, evaluations: list[dict[int, list[Scored]]], *steps: int, interval: bool = True, names: Sequence[str] = ()
+    ) -> Expected:
         """Expect the validations of a fit, with the best so far."""
         best = math.inf
         for step, by_loader in zip(steps, evaluations, strict=True):
-            self.evaluation("val", step, by_loader, interval)
+            self.evaluation("val", step, by_loader, interval, names=names)
             best = min(best, self.points["val/bits_per_token"][-1][1])
             self.add("val", step, {"best_bits_per_token": best})
         return self

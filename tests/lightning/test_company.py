@@ -23,6 +23,7 @@ from tests.lightning.fits import (
     Scored,
     assert_points,
     bounds,
+    counted,
     make_trainer,
     points_of_csv,
     ragged_loader,
@@ -187,7 +188,7 @@ def test_bounds_are_as_wide_as_the_confidence_says(tmp_path) -> None:
     module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor(confidence=0.5))
     trainer.validate(module, ragged_loader(3), verbose=False)
     [batches] = module.evaluations[0].values()
-    expected = readings(batches) | bounds(batches, confidence=0.5)
+    expected = counted(batches) | bounds(batches, confidence=0.5)
     assert monitored(trainer) == pytest.approx(tagged("val", expected), rel=1e-6)
     trainer.test(module, ragged_loader(3), verbose=False)
     assert monitored(trainer) == pytest.approx(tagged("test", expected), rel=1e-6)

@@ -92,7 +92,8 @@ def test_every_group_reads_its_own_targets(tmp_path, form, grouping) -> None:
     trainer.test(module, ragged_loader(4, seed=4), verbose=False)
     val, test = (by_loader[0] for by_loader in module.evaluations)
     expected = Expected().windows(module.train_batches, (7, 6)).epochs(module.train_batches, (7, 6))
-    expected.validations(module.evaluations[:1], 6).evaluation("test", 7, {0: test})
+    expected.validations(module.evaluations[:1], 6).macro("val", 6, grouped_reference(val, grouping))
+    expected.evaluation("test", 7, {0: test}, groups=grouped_reference(test, grouping))
     for stage, step, batches in (("train", 6, module.train_batches), ("val", 6, val), ("test", 7, test)):
         for name, group in zip(GROUPS, grouped_reference(batches, grouping), strict=False):
             expected.add(f"{stage}_by_group", step, readings(group), f"/{name}")
@@ -105,8 +106,9 @@ def test_groups_of_several_loaders_are_read_together(tmp_path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(groups=GROUPS))
     trainer.validate(module, [ragged_loader(3), ragged_loader(2, seed=2)], verbose=False)
     [by_loader] = module.evaluations
-    expected = Expected().evaluation("val", 0, by_loader)
-    for name, group in zip(GROUPS, grouped_reference(by_loader[0] + by_loader[1], "sequences"), strict=False):
+    groups = grouped_reference(by_loader[0] + by_loader[1], "sequences")
+    expected = Expected().evaluation("val", 0, by_loader, groups=groups)
+    for name, group in zip(GROUPS, groups, strict=False):
         expected.add("val_by_group", 0, readings(group), f"/{name}")
     assert_points(logged(trainer), expected.points)
 
@@ -245,6 +247,7 @@ def test_bits_per_byte_are_all_bits_over_all_bytes(tmp_path, form, given) -> Non
     for i in range(2):
         values = {"bits_per_byte": bits_per_byte(by_loader[i])}
         expected.add("val_by_loader", 6, values, f"/dataloader_idx_{i}")
+    expected.add("val", 6, {"macro_bits_per_byte": sum(bits_per_byte(by_loader[i]) for i in range(2)) / 2})
     assert_points(logged(trainer), expected.points)
 
 
@@ -254,8 +257,11 @@ def test_groups_have_their_own_bits_per_byte(tmp_path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(groups=GROUPS, token_bytes=NUM_BYTES))
     trainer.validate(module, ragged_loader(3), verbose=False)
     [batches] = module.evaluations[0].values()
-    expected = Expected().evaluation("val", 0, {0: batches}).add("val", 0, {"bits_per_byte": bits_per_byte(batches)})
-    for name, group in zip(GROUPS, grouped_reference(batches, "targets"), strict=False):
+    groups = grouped_reference(batches, "targets")
+    expected = Expected().evaluation("val", 0, {0: batches}, groups=groups)
+    expected.add("val", 0, {"bits_per_byte": bits_per_byte(batches)})
+    expected.add("val", 0, {"macro_bits_per_byte": sum(map(bits_per_byte, groups)) / len(groups)})
+    for name, group in zip(GROUPS, groups, strict=False):
         values = readings(group) | {"bits_per_byte": bits_per_byte(group)}
         expected.add("val_by_group", 0, values, f"/{name}")
     assert_points(logged(trainer), expected.points)

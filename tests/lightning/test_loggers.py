@@ -22,6 +22,7 @@ from tests.lightning.fits import (
     make_trainer,
     points_of_csv,
     points_of_events,
+    pool,
     ragged_loader,
     second_head,
     with_all,
@@ -176,12 +177,14 @@ def test_a_window_is_on_disk_when_it_is_logged(tmp_path) -> None:
     logger = CSVLogger(tmp_path)
     look = InTheMiddle(Path(logger.log_dir) / "metrics.csv")
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), look, logger=logger, max_epochs=1)
-    trainer.fit(Model(), ragged_loader(NUM_TRAIN))
+    module = Model()
+    trainer.fit(module, ragged_loader(NUM_TRAIN))
     header, *rows = look.seen
     assert len(rows) == 2
     first = dict(zip(header.split(","), rows[0].split(","), strict=True))
     assert (first["step"], first["epoch"]) == ("1", "0")
     assert float(first["train/cross_entropy"]) > 0
+    assert first["train/num_tokens"] == str(pool(module.train_batches[:2])[1])  # An integer.
 
 
 @pytest.mark.parametrize("logger", [True, False])
@@ -203,7 +206,7 @@ def test_a_window_is_seen_wherever_a_logged_value_is(tmp_path, logger) -> None:
     loggers = {"logger": CSVLogger(tmp_path)} if logger else {"logger": False}
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), Watch(), max_epochs=1, **loggers)
     trainer.fit(Logs(), ragged_loader(NUM_TRAIN))
-    names = {f"train/{name}" for name in ("cross_entropy", "bits_per_token", "perplexity")}
+    names = {f"train/{name}" for name in (*READINGS, "num_tokens")}
     assert seen == [{"mine"}] + [{"mine"} | names] * (NUM_TRAIN - 1)
 
 

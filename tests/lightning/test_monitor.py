@@ -89,12 +89,31 @@ def test_windows_cost_no_more_host_copies_than_logging_the_loss(tmp_path, form) 
     assert {number for number, counts in steps.items() if counts and number > 0} == {49, 99}
 
 
-def test_nothing_is_in_the_progress_bar(tmp_path) -> None:
-    """Lightning would copy a value to the host at every batch to show it there."""
-    trainer = make_trainer(tmp_path, CrossEntropyMonitor())
+@pytest.mark.parametrize("names", [None, (), ("perplexity", "cross_entropy")])
+def test_progress_bars_show_what_was_logged_last(tmp_path, names) -> None:
+    """The last window and the last validation, as numbers: Lightning would copy a tensor at every batch."""
+    seen: list[dict[str, Any]] = []
+
+    class Bar(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            seen.append(dict(trainer.progress_bar_metrics))
+
+    options = {} if names is None else {"prog_bar": names}
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(prefix="a/", **options), Bar())
     trainer.fit(Model(), ragged_loader(NUM_TRAIN), ragged_loader(3))
-    assert monitored(trainer)
-    assert trainer.progress_bar_metrics == {}
+    shown = ("bits_per_token",) if names is None else names
+    train, val = ({f"a/{stage}/{name}" for name in shown} for stage in ("train", "val"))
+    assert [set(each) for each in seen] == [set()] + [train] * (NUM_TRAIN - 1) + [train | val] * NUM_TRAIN
+    points = logged(trainer)
+    for tag, value in trainer.progress_bar_metrics.items():
+        assert isinstance(value, float)
+        assert value == pytest.approx(points[tag][-1][1], rel=1e-6)
+
+
+def test_a_progress_bar_of_something_unknown_is_refused() -> None:
+    """The error lists what can be shown."""
+    with pytest.raises(ValueError, match=r"`prog_bar` must be a list of some of \['cross_.*got 'bits'"):
+        CrossEntropyMonitor(prog_bar=["bits"])
 
 
 def test_outputs_are_not_kept(tmp_path) -> None:
@@ -196,6 +215,10 @@ ARGUMENTS = {
     "extract": {"extract": "tests.lightning.fits.second_head"},
     "shift": {"shift": True},
     "backend": {"backend": "eager"},
+    "stages": {"stages": ["train", "val"]},
+    "readings": {"readings": ["cross_entropy", "num_tokens", "entropy"]},
+    "extras": {"extras": ["z_loss"]},
+    "bar": {"prog_bar": ["perplexity"]},
 }
 
 
@@ -222,7 +245,8 @@ def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatc
     ]
     parameters = inspect.signature(CrossEntropyMonitor).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    defaults["dashboards"] = list(defaults["dashboards"])  # YAML has no tuples.
+    # YAML has no tuples.
+    defaults = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
     assert of_the_monitor == described(**(defaults | given))
 
     points = points_of_csv(folder)

@@ -105,8 +105,10 @@ def test_every_reading_is_that_of_all_ranks(everything) -> None:
 def test_ranks_log_the_same_bits_once(everything) -> None:
     """`callback_metrics` is the same on all ranks, and one of them writes."""
     folder, ranks = everything
-    expected = {f"train/{name}{suffix}" for name in READINGS for suffix in ("", "_epoch")}
-    expected |= {f"val/{name}" for name in (*READINGS, *BOUNDS, "best_bits_per_token")}
+    expected = {f"train/{name}{suffix}" for name in (*READINGS, "num_tokens") for suffix in ("", "_epoch")}
+    expected |= {
+        f"val/{name}" for name in (*READINGS, *BOUNDS, "best_bits_per_token", "num_tokens", "macro_cross_entropy")
+    }
     expected |= {f"val_by_loader/{name}/dataloader_idx_{i}" for name in READINGS for i in range(2)}
     assert set(ranks[0]["metrics"]) == expected
     assert ranks[0]["metrics"] == ranks[1]["metrics"]

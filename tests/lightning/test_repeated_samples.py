@@ -98,7 +98,7 @@ def test_samples_that_ranks_repeat_are_scored_once(tmp_path, of_one_process, wor
         assert values == of_one_process
         assert not said
     assert len(of_one_process) == 3 * len(UNEVEN) + 2
-    tags = {f"val/{name}" for name in (*READINGS, *BOUNDS)}
+    tags = {f"val/{name}" for name in (*READINGS, *BOUNDS, "num_tokens", "macro_cross_entropy")}
     tags |= {f"val_by_loader/{name}/dataloader_idx_{i}" for name in READINGS for i in range(2)}
     assert tags == set(of_one_process["two loaders"])
 

@@ -55,7 +55,7 @@ def covering_runs() -> list[tuple[Any, ...]]:
 def some_loaders(kind: str, seed: int) -> Any:
     """Return one loader, or two of unequal size."""
     one, two = ragged_loader(3, seed), ragged_loader(2, seed + 1)
-    return {"one": one, "two": [one, two], "dict": {"a": one, "b": two}}[kind]
+    return {"one": one, "two": [one, two], "dict": {"web": one, "code": two}}[kind]
 
 
 def losses_of_the_batch(outputs: Any, batch: Any) -> dict[str, Any]:
@@ -135,9 +135,10 @@ def test_every_value_is_pooled_and_logged_once(tmp_path, form, precision, accumu
     ends = [(epoch * NUM_TRAIN, epoch * steps_per_epoch - 1) for epoch in range(1, NUM_EPOCHS + 1)]
     expected = Expected().windows(batches, *windows).epochs(batches, *ends)
     *validations, test = module.evaluations
-    expected.validations(validations, *(step for _, step in ends), interval=form != "mean")
+    names = ("web", "code") if loaders == "dict" else ()
+    expected.validations(validations, *(step for _, step in ends), interval=form != "mean", names=names)
     last_step = NUM_EPOCHS * steps_per_epoch
-    expected.evaluation("test", last_step, test, interval=form != "mean")
+    expected.evaluation("test", last_step, test, interval=form != "mean", names=names)
 
     # What loggers have.
     for each in writers or []:
@@ -162,7 +163,8 @@ def test_every_value_is_pooled_and_logged_once(tmp_path, form, precision, accumu
     assert_latest(floats(trainer.callback_metrics), last_step, "test")
     assert len(tested) == len(test)
     for i, returned in enumerate(tested):  # Those of all loaders, and of the loader itself.
-        assert {tag for tag in returned if not re.match(f"test/|test_by_loader/.*_{i}$", tag)} == set()
-        assert len(returned) == sum(bool(re.match(f"test/|test_by_loader/.*_{i}$", tag)) for tag in expected.points)
+        own = f"test/|test_by_loader/.*/{names[i] if names else f'dataloader_idx_{i}'}$"
+        assert {tag for tag in returned if not re.match(own, tag)} == set()
+        assert len(returned) == sum(bool(re.match(own, tag)) for tag in expected.points)
         assert floats(returned).items() <= floats(trainer.callback_metrics).items()
-    assert trainer.progress_bar_metrics == {}
+    assert set(trainer.progress_bar_metrics) == {"test/bits_per_token"}

@@ -20,6 +20,7 @@ from tests.lightning.fits import (
     K,
     Model,
     assert_points,
+    counted,
     make_trainer,
     ragged_batches,
     ragged_loader,
@@ -92,11 +93,11 @@ def test_what_has_no_target_reads_nan(tmp_path) -> None:
     module = Model(adapt=adapt)
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), log_every_n_steps=NUM_TRAIN)
     trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
-    nothing = dict.fromkeys(NAMES, math.nan)
+    nothing = dict.fromkeys(NAMES, math.nan) | {"num_tokens": 0}
     expected = Expected().add("train", 6, nothing).add("train", 6, nothing, "_epoch").add("val", 6, nothing)
     expected.add("val", 6, {"best_bits_per_token": math.nan})
     second = module.train_batches[NUM_TRAIN:]
-    expected.add("train", 13, readings(second)).add("train", 13, readings(second), "_epoch")
+    expected.add("train", 13, counted(second)).add("train", 13, counted(second), "_epoch")
     expected.validations(module.evaluations[1:], 13)
     assert_points(logged(trainer), expected.points)
 
@@ -110,7 +111,7 @@ def test_a_mean_of_no_targets_counts_for_nothing(tmp_path) -> None:
     module, trainer = Model("mean", adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
     trainer.validate(module, ragged_loader(3), verbose=False)
     [first, _, third] = module.evaluations[0][0]
-    assert monitored(trainer) == pytest.approx(tagged("val", readings([first, third])), rel=1e-6)
+    assert monitored(trainer) == pytest.approx(tagged("val", counted([first, third])), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `DataLoader` across ranks is zero:UserWarning")
@@ -132,6 +133,15 @@ def test_loaders_keep_their_numbers_where_one_of_them_has_no_targets(tmp_path, e
     [by_loader] = module.evaluations
     del by_loader[empty]
     assert sorted(by_loader) == [i for i in range(3) if i != empty]
+    assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
+
+
+@pytest.mark.parametrize("names", [("a/b", "c"), (1, 2), ("dataloader_idx_1", "x")])
+def test_loaders_whose_names_are_no_parts_of_tags_have_numbers(tmp_path, names) -> None:
+    """A slash would make a folder, and a number of another loader be mistaken for it."""
+    module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor())
+    trainer.validate(module, dict(zip(names, (ragged_loader(2), ragged_loader(3)), strict=True)), verbose=False)
+    [by_loader] = module.evaluations
     assert_points(logged(trainer), Expected().evaluation("val", 0, by_loader).points)
 
 
@@ -200,10 +210,8 @@ def test_labels_count_where_the_target_is_none(tmp_path) -> None:
         ("training", "tensor", "['loss']"),  # As Lightning hands it on; a step that returns None it skips.
         ("validation", "loss and more", "['extra', 'loss']"),
         ("validation", "tensor", "Tensor"),
-        ("validation", "nothing", "NoneType"),
         ("test", "loss and more", "['extra', 'loss']"),
         ("test", "tensor", "Tensor"),
-        ("test", "nothing", "NoneType"),
     ],
 )
 def test_a_step_that_returns_no_form_is_told_the_three(tmp_path, stage, returned, seen) -> None:
@@ -211,13 +219,75 @@ def test_a_step_that_returns_no_form_is_told_the_three(tmp_path, stage, returned
 
     def adapt(of: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> Any:
         loss = outputs["loss"]
-        return {"loss and more": {"loss": loss, "extra": 1}, "tensor": loss, "nothing": None}[returned]
+        return {"loss and more": {"loss": loss, "extra": 1}, "tensor": loss}[returned]
 
     module, trainer = Model(adapt=adapt), make_trainer(tmp_path, CrossEntropyMonitor())
     run = {"training": trainer.fit, "validation": trainer.validate, "test": trainer.test}[stage]
     forms = r'\{"losses": .*\{"logits": .*"labels".*\{"loss": .*"num_tokens": '
     with pytest.raises(ValueError, match=rf"^{stage}_step must return {forms}.*, got {re.escape(seen)}; .*`extract`"):
         run(module, ragged_loader(3))
+
+
+@pytest.mark.parametrize("by", ["step", "extract"])
+@pytest.mark.parametrize("skipped", [(1,), (0, 1, 2)])
+def test_none_says_that_there_is_nothing_to_score(tmp_path, by, skipped) -> None:
+    """The other batches of an evaluation are read; where there are none, what is read is NaN of 0 targets."""
+
+    def adapt(stage: str, outputs: dict[str, Any], batch: Any, batch_idx: int) -> Any:
+        return None if stage == "val" and batch_idx in skipped else outputs
+
+    module = Model(adapt=adapt if by == "step" else lambda stage, outputs, batch, i: outputs | {"i": i, "stage": stage})
+
+    def extract(outputs: dict[str, Any], batch: Any) -> Any:
+        return adapt(outputs.pop("stage"), outputs, batch, outputs["i"])
+
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(None if by == "step" else extract), num_sanity_val_steps=0)
+    trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
+    batches = [batch for i, batch in enumerate(module.evaluations[-1][0]) if i not in skipped]
+    expected = counted(batches) if batches else dict.fromkeys(NAMES, math.nan) | {"num_tokens": 0}
+    seen = monitored(trainer, "val/")
+    assert {name: seen[f"val/{name}"] for name in expected} == pytest.approx(expected, rel=1e-6, nan_ok=True)
+
+
+def test_manual_optimisation_may_have_nothing_to_score(tmp_path) -> None:
+    """Lightning hands an empty dict on for None."""
+
+    class OfItsOwn(Model):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            outputs = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else outputs
+
+    module = OfItsOwn(automatic=False)
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), max_epochs=1, log_every_n_steps=3)
+    trainer.fit(module, ragged_loader(3))
+    [first, _, third] = module.train_batches
+    assert_points(logged(trainer), Expected().windows([first, third], (2, 2)).epochs([first, third], (2, 2)).points)
+
+
+STAGES = ("train", "val", "test")
+
+
+@pytest.mark.parametrize("read", STAGES)
+def test_other_stages_may_return_anything(tmp_path, read) -> None:
+    """Such as a validation that generates text; nothing is logged of them, and nothing of a stage before is read."""
+    module = Model(adapt=lambda stage, outputs, batch, i: outputs if stage == read else {"loss": outputs["loss"]})
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(stages=[read]), max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3))
+    trainer.test(module, ragged_loader(2), verbose=False)
+    expected = {
+        "train": lambda: (
+            Expected().windows(module.train_batches, (2, 1), (4, 3), (6, 5)).epochs(module.train_batches, (7, 6))
+        ),
+        "val": lambda: Expected().validations(module.evaluations[:1], 6),
+        "test": lambda: Expected().evaluation("test", 7, module.evaluations[1]),
+    }[read]()
+    assert_points(logged(trainer), expected.points)
+
+
+def test_a_stage_that_there_is_not_is_refused() -> None:
+    """The error lists the three."""
+    with pytest.raises(ValueError, match=r"`stages` must be a list of some of \['train', 'val', 'test'\], got 'valid'"):
+        CrossEntropyMonitor(stages=["train", "valid"])
 
 
 def test_an_extract_that_returns_no_form_is_told_the_three(tmp_path) -> None:

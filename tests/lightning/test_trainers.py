@@ -21,7 +21,9 @@ from tests.lightning.fits import (
     Expected,
     Model,
     assert_points,
+    counted,
     make_trainer,
+    pool,
     ragged_batches,
     ragged_loader,
     readings,
@@ -116,7 +118,8 @@ def test_a_fast_dev_run_reads_its_few_batches(tmp_path, num) -> None:
     expected = Expected().validations(module.evaluations, 0).epochs(module.train_batches, (num, 0))
     values = {tag: value for tag, [(_, value)] in expected.points.items()}
     # The ends of an interval of few sequences are many standard errors away, and are exponentiated.
-    assert monitored(trainer) == pytest.approx(values | tagged("train", readings(module.train_batches[-1:])), rel=1e-5)
+    last = readings(module.train_batches[-1:]) | {"num_tokens": pool(module.train_batches)[1]}
+    assert monitored(trainer) == pytest.approx(values | tagged("train", last), rel=1e-5)
     trainer.test(module, ragged_loader(3, seed=4), verbose=False)
     tested = readings(module.evaluations[-1][0])
     assert monitored(trainer)["test/perplexity"] == pytest.approx(tested["perplexity"], rel=1e-6)
@@ -300,9 +303,10 @@ def test_batches_without_a_loss_are_in_no_window(tmp_path) -> None:
     trainer = make_trainer(tmp_path, CrossEntropyMonitor(), max_epochs=1)
     trainer.fit(module, ragged_loader(NUM_TRAIN))
     batches = module.train_batches
-    expected = Expected().add("train", 1, readings(batches[:1])).add("train", 3, dict.fromkeys(NAMES, math.nan))
-    expected.add("train", 5, readings(batches[4:5]))
-    expected.add("train", 6, readings([batches[i] for i in (0, 4, 6)]), "_epoch")
+    nothing = dict.fromkeys(NAMES, math.nan) | {"num_tokens": pool(batches[:1])[1]}
+    expected = Expected().add("train", 1, counted(batches[:1])).add("train", 3, nothing)
+    expected.add("train", 5, readings(batches[4:5]) | {"num_tokens": pool([batches[0], batches[4]])[1]})
+    expected.add("train", 6, counted([batches[i] for i in (0, 4, 6)]), "_epoch")
     assert_points(logged(trainer), expected.points)
 
 

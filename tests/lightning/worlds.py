@@ -145,7 +145,7 @@ def make_trainer(*callbacks: Callback, folder: Path | None = None, strategy: Any
 
 def own(metrics: dict[str, torch.Tensor]) -> dict[str, str]:
     """Return the monitor's values, to the bit."""
-    names = (*READINGS, "best_bits_per_token")
+    names = (*READINGS, "best_bits_per_token", "num_tokens", "macro_cross_entropy")
     return {tag: value.item().hex() for tag, value in metrics.items() if tag.split("/")[1].startswith(names)}
 
 

@@ -161,6 +161,7 @@ def test_every_chart_of_ours_has_a_description_and_no_point_of_it(ask: Ask) -> N
         assert "Pooled" in tags[tag]["description"], tag
         assert "Left out" in tags[tag]["description"], tag
     assert "group <code>web</code>" in tags["train_by_group/perplexity/web"]["description"]
+    assert "loader `books`" in describe_tag("val_by_loader/perplexity/books")
     assert "loader 1" in tags["val_by_loader/perplexity/dataloader_idx_1"]["description"]
     steps = [step for _, step, _ in ask("data/plugin/scalars/scalars?run=run&tag=train/cross_entropy")]
     assert steps == list(range(1, 25, 2))

@@ -17,7 +17,7 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
 from xent_metrics.lightning.trainer import flatten
-from xent_metrics.tags import UNIFORM, UNIGRAM
+from xent_metrics.tags import UNIFORM, UNIGRAM, as_choices
 from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats, unigram_bits
 
 if TYPE_CHECKING:
@@ -45,17 +45,7 @@ class Dashboards:
     """
 
     def __init__(self, parts: Iterable[Part], readings: Sequence[str], groups: Sequence[str], prefix: str) -> None:
-        known = get_args(Part)
-        wrong = (
-            [parts]
-            if isinstance(parts, str) or not isinstance(parts, Iterable)
-            else [x for x in parts if x not in known]
-        )
-        if wrong:
-            raise ValueError(
-                f"`dashboards` must be a list of some of {list(known)}, got {wrong[0]!r}; () switches all of them off."
-            )
-        self.parts = frozenset(parts)
+        self.parts = frozenset(as_choices("dashboards", parts, get_args(Part)))
         self._dashboard_args = (readings, groups, prefix)
         self._prefix = prefix
         self._loggers: list[Any] = []

@@ -47,6 +47,8 @@ class Evaluation:
         """Add what a step returned, without the samples that another rank has too; `loaders` are the Trainer's."""
         drawn = self._repeated.find(loaders, self._stage, batch_idx, dataloader_idx)
         read = self._reader.read(self._step, outputs, batch)
+        if read is None:
+            return
         if isinstance(read, StepOutputs):
             self._flattened.warn_of(self._step, read, batch)
         if drawn is not None:

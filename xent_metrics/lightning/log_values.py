@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed
-from xent_metrics.lightning.trainer import current_step
+from xent_metrics.lightning.trainer import current_step, show_in_progress_bar
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -26,9 +26,14 @@ def reduce_what_is_pending(trainer: Trainer) -> None:
 
 
 class ValueLog:
-    """Logs values that are the same on all ranks, and warns once of each tag that somebody else logs too."""
+    """Logs values that are the same on all ranks, and warns once of each tag that somebody else logs too.
 
-    def __init__(self) -> None:
+    Args:
+        shown: The tags that progress bars show.
+    """
+
+    def __init__(self, shown: Collection[str]) -> None:
+        self._shown = shown
         self._warned: set[str] = set()
 
     def log_step(self, trainer: Trainer, values: Mapping[str, float]) -> None:
@@ -45,6 +50,7 @@ class ValueLog:
         tensors = _as_tensors(values)
         trainer.callback_metrics.update(tensors)
         trainer.logged_metrics.update(tensors)
+        self._show(trainer, values)
 
     def log_epoch(
         self,
@@ -57,6 +63,8 @@ class ValueLog:
         if trainer.barebones:  # Lightning would warn about every name.
             return
         self._warn_of_others(trainer, values, hook=str(pl_module._current_fx_name))
+        if not trainer.sanity_checking:
+            self._show(trainer, values)
         # The last two arguments together reduce nothing, and draw no advice to reduce the values once more.
         pl_module.log_dict(
             _as_tensors(values), batch_size=1, add_dataloader_idx=False, sync_dist=True, rank_zero_only=True
@@ -68,6 +76,9 @@ class ValueLog:
                 tensors = _as_tensors(of_loader)
                 outputs[i if i < len(outputs) else -1].update(tensors)
                 trainer.callback_metrics.update(tensors)
+
+    def _show(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        show_in_progress_bar(trainer, {tag: values[tag] for tag in self._shown if tag in values})
 
     def _warn_of_others(self, trainer: Trainer, values: Mapping[str, float], hook: str) -> None:
         """Warn of tags that were also logged with `self.log`, in other hooks than this one."""

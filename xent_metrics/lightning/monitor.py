@@ -9,9 +9,9 @@ weight averaging and listed in the model summary.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
@@ -24,19 +24,26 @@ from xent_metrics.lightning.flattened_targets import FlattenedTargets
 from xent_metrics.lightning.import_path import as_function
 from xent_metrics.lightning.log_values import ValueLog, reduce_what_is_pending
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
+from xent_metrics.lightning.run_summary import describe_run
 from xent_metrics.lightning.step_outputs import OutputReader
 from xent_metrics.lightning.tagged_readings import TaggedReadings
-from xent_metrics.lightning.trainer import (
-    current_step,
-    data_parallel_group,
-    describe_run,
-    is_log_point,
-)
+from xent_metrics.lightning.trainer import current_step, data_parallel_group, is_log_point
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
-from xent_metrics.tags import BEST, Tag
-from xent_metrics.validation_stats import Decode
+from xent_metrics.tags import (
+    BEST,
+    DEFAULT_READINGS,
+    OF_SCORES,
+    STAGES,
+    LoggedReading,
+    Stage,
+    Tag,
+    as_choices,
+    check_own,
+    check_prefix,
+)  # fmt: skip
+from xent_metrics.validation_stats import Decode, ValidationStats
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -54,12 +61,14 @@ class CrossEntropyMonitor(Callback):
     - `{"loss": mean over targets, "num_tokens": how many}`: whatever the loss holds is what is read, and as nothing is
       known of single targets there is no interval, and there are neither groups nor bytes.
 
+    None, from a step or from `extract`, says that there is nothing to score.
+
     `labels` is accepted for `target`. Either is aligned with `logits` (position t is scored by `logits[:, t]`), unless
     `shift` says otherwise.
 
     Logged metrics:
         `{stage}` is `train`, `val` or `test`, `{reading}` is `cross_entropy` (nats), `bits_per_token` or `perplexity`,
-        and with `token_bytes` also `bits_per_byte`; `prefix` stands before all of them.
+        with `token_bytes` also `bits_per_byte`, and what `readings` and `extras` name; `prefix` stands before all.
 
         - `train/{reading}`: over all targets since the last log point (not the last batch only), at the steps where
           Lightning logs;
@@ -67,8 +76,14 @@ class CrossEntropyMonitor(Callback):
         - `val/{reading}`, `test/{reading}`: over the whole epoch and all loaders, each target counting once;
         - `{val,test}/cross_entropy_lower`, `_upper`, `{val,test}/perplexity_lower`, `_upper`: an interval of
           `confidence`, clustered by sequence; not logged where there are no two sequences;
+        - `train/num_tokens`, `train/num_tokens_epoch`: how many targets training has scored so far, also before the run
+          was resumed: an axis for scaling plots;
+        - `val/num_tokens`, `test/num_tokens`: how many targets were scored;
         - `val/best_bits_per_token`: the lowest `val/bits_per_token` of the run so far;
-        - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`: each loader by itself, if several have targets;
+        - `{val,test}/macro_cross_entropy`, and with `token_bytes` `macro_bits_per_byte`: the unweighted mean over the
+          groups that have targets; without `groups`, over the loaders, if several have;
+        - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`, or `/{name}` of loaders given as a dict: each loader by
+          itself, if several have targets;
         - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
         - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
           `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
@@ -120,6 +135,12 @@ class CrossEntropyMonitor(Callback):
         num_classes: How many classes there are, for the lines to compare with where no step returns logits.
         backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
             `CrossEntropy`.
+        prog_bar: The readings that progress bars show: of the last window, the last validation and the test.
+        stages: The stages to read; in the others steps may return anything.
+        readings: What to log of every stage; besides the default there are `accuracy` and `entropy`, the mean entropy
+            of the model's own distribution in nats: where steps return logits, in the same pass over them.
+        extras: Names of means that steps return in their form as `"extra": {name: mean over its targets}`, such as a
+            z-loss; they are logged as `{stage}/{name}`, weighted by their targets.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -149,32 +170,29 @@ class CrossEntropyMonitor(Callback):
         decode: Decode | None = None,
         num_classes: int | None = None,
         backend: Backend = "auto",
+        prog_bar: Sequence[str] = ("bits_per_token",),
+        stages: Sequence[Stage] = STAGES,
+        readings: Sequence[LoggedReading] = DEFAULT_READINGS,
+        extras: Sequence[str] = (),
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
         check_reading(nan_policy, confidence)
-        if not isinstance(prefix, str) or not re.fullmatch(r"((?!\.{1,2}/)[\w.-]+/)*[\w.-]*", prefix, re.ASCII):
-            raise ValueError(
-                "`prefix` must be a path of letters, digits, '_', '.', '-' and '/', without empty parts or '..', which "
-                f"all loggers accept, got {prefix!r}."
-            )
-        self._outputs = OutputReader(extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend)
-        # What tells states of several monitors apart. Options that change no tally are left out.
-        self._configuration = {
-            "class_dim": class_dim,
-            "ignore_index": ignore_index,
-            "shift": shift,
-            "groups": self._outputs.groups,
-            "token_bytes": self._outputs.token_bytes is not None,
-            "prefix": prefix,
-        }
+        names = as_choices("readings", readings, get_args(LoggedReading))
+        of_scores = [name for name in OF_SCORES if name in names]
+        self._outputs = OutputReader(
+            extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend, of_scores, extras
+        )
+        self._configuration = {**self._outputs.configuration, "prefix": prefix}
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
-        self.prefix = prefix
+        self.prefix = check_prefix(prefix)
         self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
-        self._readings = TaggedReadings(self._outputs, nan_policy, confidence, prefix)
+        self._readings = TaggedReadings(names, self._outputs, nan_policy, confidence, prefix)
+        self._stages = as_choices("stages", stages, STAGES)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
-        self._value_log = ValueLog()
+        in_bar = as_choices("prog_bar", prog_bar, (*get_args(LoggedReading), *self._readings.names))
+        self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
         self._group: ProcessGroup | None = None
         self._reset()
 
@@ -222,11 +240,7 @@ class CrossEntropyMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move to the device of the run; a fit starts without the tallies of the last one."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(other, CrossEntropyMonitor) and other.prefix == self.prefix for other in callbacks) > 1:
-            raise ValueError(
-                f"`prefix` must be another for each CrossEntropyMonitor of a Trainer, got {self.prefix!r} twice; their "
-                "values would be averaged under one tag."
-            )
+        check_own(self.prefix, [other.prefix for other in callbacks if isinstance(other, CrossEntropyMonitor)])
         self._outputs.to(trainer.strategy.root_device)
         self._group = data_parallel_group(trainer)
         if stage == "fit":  # Lightning loads the state of a checkpoint after this.
@@ -253,35 +267,43 @@ class CrossEntropyMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tally the batch, and log the window if Lightning is about to write."""
+        if "train" not in self._stages:
+            return
         if trainer.fit_loop.batch_idx == 0:
             # Lightning does not call `on_train_epoch_start` where a resumed run starts with a new epoch.
             self._run.start_epoch()
         if outputs and pl_module.automatic_optimization and trainer.accumulate_grad_batches > 1:
             # Lightning has divided the loss.
             outputs = {**outputs, "loss": outputs["loss"] * trainer.accumulate_grad_batches}
-        if outputs or not pl_module.automatic_optimization:  # Lightning skips a batch whose step returned None.
-            self._run.window.add_outputs(self._outputs, self._outputs.read("training_step", outputs, batch))
+        # Lightning makes an empty dict of None.
+        self._run.window.add_outputs(self._outputs, self._outputs.read("training_step", outputs or None, batch))
         if is_log_point(trainer, pl_module):
             self._log_window(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch."""
+        if "train" not in self._stages:
+            return
         reduce_what_is_pending(trainer)
         self._run.close_window(self._group)
-        values = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
+        values, _ = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
+        total = self._readings.read_exactly(self._run.run_total)[0].num_tokens
+        values |= self._readings.count("train", total, suffix="_epoch")
         self._log_epoch(trainer, pl_module, "train", values, {})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the last validation, and write the summary of the run."""
         self._write_hparams(trainer.callback_metrics)
-        last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on after the last batch.
-        self._dashboards.finish(last_step, self.decode, lambda: self._summarised(trainer, pl_module))
+        last_step = max(0, current_step(trainer) - 1)  # Lightning has counted on.
+        own = {**self._configuration, "nan_policy": self.nan_policy, "confidence": self.confidence}
+        stats = self._evaluation.stats if self._evaluation else None
+        facts = partial(describe_run, trainer, pl_module, own, self._run, self._readings, stats)
+        self._dashboards.finish(last_step, self.decode, facts)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
         stats = None if trainer.sanity_checking else self._dashboards.new_stats(self._outputs.device)
-        num_loaders = len(trainer.num_val_batches)
-        self._evaluation = Evaluation("val", num_loaders, self._outputs, self._repeated, self._flattened, stats)
+        self._start_evaluation("val", len(trainer.num_val_batches), stats)
 
     def on_validation_batch_end(
         self,
@@ -293,23 +315,24 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        assert self._evaluation is not None
-        self._evaluation.add(outputs, batch, trainer.val_dataloaders, batch_idx, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.add(outputs, batch, trainer.val_dataloaders, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the validation, and in a fit the best one so far."""
-        assert self._evaluation is not None
+        if self._evaluation is None:
+            return
         reduce_what_is_pending(trainer)
-        values, by_loader, total = self._readings.read_loaders("val", self._evaluation.reduce(self._group))
+        read = self._readings.read_loaders("val", self._evaluation.reduce(self._group), trainer.val_dataloaders)
         if not trainer.sanity_checking:
-            self._run.validated = total
+            self._run.validated = read.total
             if trainer.state.fn == "fit":
-                bits = values[Tag("val", "bits_per_token").text(self.prefix)]
-                values[Tag("val", BEST).text(self.prefix)] = self._run.update_best(bits)
-        self._log_epoch(trainer, pl_module, "val", values, by_loader)
+                best = self._run.update_best(read.reading.bits_per_token)
+                if "bits_per_token" in self._readings.names:
+                    read.whole[Tag("val", BEST).text(self.prefix)] = best
+        self._log_epoch(trainer, pl_module, "val", read.whole, read.by_loader)
         if self._evaluation.stats is not None:
-            point = self._readings.validation_point(current_step(trainer), values)
-            alone = trainer.state.fn == "validate"
+            point, alone = read.point(current_step(trainer)), trainer.state.fn == "validate"
             self._dashboards.add_validation(self._evaluation.stats, point, self._group, self.decode, draw_now=alone)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -319,8 +342,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
-        num_loaders = len(trainer.num_test_batches)
-        self._evaluation = Evaluation("test", num_loaders, self._outputs, self._repeated, self._flattened)
+        self._start_evaluation("test", len(trainer.num_test_batches))
 
     def on_test_batch_end(
         self,
@@ -332,26 +354,34 @@ class CrossEntropyMonitor(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Tally the batch."""
-        assert self._evaluation is not None
-        self._evaluation.add(outputs, batch, trainer.test_dataloaders, batch_idx, dataloader_idx)
+        if self._evaluation is not None:
+            self._evaluation.add(outputs, batch, trainer.test_dataloaders, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the test."""
-        assert self._evaluation is not None
+        if self._evaluation is None:
+            return
         reduce_what_is_pending(trainer)
-        values, by_loader, _ = self._readings.read_loaders("test", self._evaluation.reduce(self._group))
-        self._log_epoch(trainer, pl_module, "test", values, by_loader)
+        read = self._readings.read_loaders("test", self._evaluation.reduce(self._group), trainer.test_dataloaders)
+        self._log_epoch(trainer, pl_module, "test", read.whole, read.by_loader)
 
     def _write_hparams(self, logged: Iterable[str]) -> None:
-        tags = [Tag("val", name).text(self.prefix) for name in (BEST, *self._readings.names)]
-        self._dashboards.write_hparams(tags, logged)
+        names = self._readings.names if "val" in self._stages else ()
+        best = (BEST,) if "bits_per_token" in names else ()
+        self._dashboards.write_hparams([Tag("val", name).text(self.prefix) for name in (*best, *names)], logged)
+
+    def _start_evaluation(self, stage: Stage, num_loaders: int, stats: ValidationStats | None = None) -> None:
+        parts = (self._outputs, self._repeated, self._flattened, stats)
+        self._evaluation = Evaluation(stage, num_loaders, *parts) if stage in self._stages else None
 
     def _log_window(self, trainer: Trainer) -> None:
         """Log what was tallied since the last log point."""
-        values = self._readings.read("train", self._run.close_window(self._group))
+        values, window = self._readings.read("train", self._run.close_window(self._group))
+        num_tokens = self._run.num_logged + window.num_tokens
+        values |= self._readings.count("train", num_tokens)
         self._dashboards.on_window_logged(values, current_step(trainer))
         self._value_log.log_step(trainer, values)
-        self._run.mark_logged()
+        self._run.mark_logged(num_tokens)
 
     def _log_epoch(
         self,
@@ -367,12 +397,3 @@ class CrossEntropyMonitor(Callback):
             step = current_step(trainer) - (stage == "train")
             self._dashboards.on_epoch_logged(everything, stage, step)
         self._value_log.log_epoch(trainer, pl_module, values, by_loader)
-
-    def _summarised(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, Any], dict[str, Any], int]:
-        """Return what a summary tells of a run: its configuration, its counts of targets, its repeated samples."""
-        own = {**self._configuration, "nan_policy": self.nan_policy, "confidence": self.confidence}
-        configuration = describe_run(trainer, pl_module) | {f"CrossEntropyMonitor.{k}": v for k, v in own.items()}
-        totals = {"training": self._run.run_total, "the last validation": self._run.validated}
-        counts = {name: self._readings.read_exactly(tallies)[0] for name, tallies in totals.items()}
-        stats = self._evaluation.stats if self._evaluation else None
-        return configuration, counts, stats.histogram.num_repeated if stats else 0

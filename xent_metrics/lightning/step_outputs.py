@@ -7,9 +7,9 @@ tallied by token, and if wanted by byte and by group.
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,11 +33,14 @@ from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
 from xent_metrics.metrics.batch_tallies import tally_scored, tally_scored_by_group
 from xent_metrics.metrics.saved_state import changed_settings, in_words
+from xent_metrics.tags import BITS_PER_BYTE, is_part, is_reserved
 from xent_metrics.tally.accumulate import tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
 
 Tallies = tuple[Tally | GroupTally, ...]
-"""All targets (per token, and with bytes also per byte); then, with groups, the groups per token and per byte."""
+"""All targets, in `OutputReader.units` side by side; then, with groups, a tally of the groups for each such unit."""
+
+NO_EXTRA: Mapping[str, Tensor] = MappingProxyType({})
 
 _FORMS = (
     '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
@@ -54,6 +57,7 @@ class StepOutputs(NamedTuple):
         group: The group of each target, broadcastable to the targets; None without groups.
         options: How `preds` is read.
         source: The step, in words.
+        extra: Means that the step returned for the log, by name.
     """
 
     preds: Tensor | LinearLogits
@@ -61,6 +65,7 @@ class StepOutputs(NamedTuple):
     group: Tensor | None
     options: LossOptions
     source: str
+    extra: Mapping[str, Tensor] = NO_EXTRA
 
     def first(self, num_samples: int) -> StepOutputs:
         """Return the outputs of the first samples."""
@@ -70,14 +75,21 @@ class StepOutputs(NamedTuple):
 
 
 class MeanOutput(NamedTuple):
-    """A mean loss that a step returned, and the number of targets that it is the mean of."""
+    """A mean loss that a step returned, the number of targets that it is the mean of, and other means for the log."""
 
     loss: Tensor
     num_tokens: Tensor | int
+    extra: Mapping[str, Tensor] = NO_EXTRA
 
 
 class OutputReader:
-    """Reads what steps return; its arguments are those of `CrossEntropyMonitor`."""
+    """Reads what steps return; its arguments are those of `CrossEntropyMonitor`.
+
+    Attributes:
+        configuration: The arguments that decide what a tally means.
+        units: What is tallied of every target, side by side: `cross_entropy`, and if wanted `bits_per_byte`,
+            `accuracy`, `entropy`, and then the names of `extras`.
+    """
 
     def __init__(
         self,
@@ -89,6 +101,8 @@ class OutputReader:
         token_bytes: Sequence[int] | Tensor | str | None,
         num_classes: int | None,
         backend: Backend,
+        of_scores: Sequence[str] = (),
+        extras: Iterable[str] = (),
     ) -> None:
         self.extract = as_function("extract", extract, "be a function of (outputs, batch)")
         self.groups = _as_names(groups)
@@ -98,12 +112,34 @@ class OutputReader:
         self.num_classes = num_classes
         self._options = {
             "losses": LossOptions("losses", class_dim, ignore_index=ignore_index),
-            "logits": LossOptions("logits", class_dim, ignore_index=ignore_index, shift=shift, backend=backend),
+            "logits": LossOptions(
+                "logits",
+                class_dim,
+                ignore_index=ignore_index,
+                shift=shift,
+                backend=backend,
+                accuracy="accuracy" in of_scores,
+                entropy="entropy" in of_scores,
+            ),
         }
+        self.extras = as_extras(extras)
+        in_bytes = () if token_bytes is None else (BITS_PER_BYTE,)
+        self.units = ("cross_entropy", *in_bytes, *of_scores, *self.extras)
         self.device = torch.device("cpu")
         self.reads_means = False
         decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
-        self.about = in_words("CrossEntropyMonitor", {**changed_settings(decides), "groups": list(self.groups)})
+        counted = {"groups": list(self.groups), "extras": list(self.extras)}
+        self.about = in_words("CrossEntropyMonitor", {**changed_settings(decides), **counted})
+        # What tells states of several monitors apart. Options that change no tally are left out.
+        self.configuration = {
+            "class_dim": class_dim,
+            "ignore_index": ignore_index,
+            "shift": shift,
+            "groups": self.groups,
+            "token_bytes": self.token_bytes is not None,
+        }
+        if of_scores or self.extras:
+            self.configuration["units"] = self.units
         self._looked_at: set[str] = set()
 
     def to(self, device: torch.device) -> None:
@@ -113,21 +149,26 @@ class OutputReader:
 
     def zero(self) -> Tallies:
         """Return the tallies of no targets at all."""
-        num_units = 1 if self.token_bytes is None else 2
+        num_units = len(self.units)
         whole = Tally.zero(self.device, None if num_units == 1 else num_units)
-        by_group = (GroupTally.zero(len(self.groups), self.device) for _ in range(num_units if self.groups else 0))
+        # An extra is a mean over a batch, of which no part is known.
+        num_by_group = num_units - len(self.extras) if self.groups else 0
+        by_group = (GroupTally.zero(len(self.groups), self.device) for _ in range(num_by_group))
         return (whole, *by_group)
 
-    def read(self, step: str, outputs: Any, batch: Any) -> StepOutputs | MeanOutput:
-        """Return what a step returned in one of the three forms.
+    def read(self, step: str, outputs: Any, batch: Any) -> StepOutputs | MeanOutput | None:
+        """Return what a step returned in one of the three forms; None if it, or `extract`, returned None.
 
         Raises:
             TypeError: If a part of it is no tensor, or a count no number.
             ValueError: If it is in none of them, or on another device.
         """
         source = step if self.extract is None else f"`extract`, called after {step},"
-        form = outputs if self.extract is None else self.extract(outputs, batch)
+        form = outputs if self.extract is None or outputs is None else self.extract(outputs, batch)
+        if form is None:
+            return None
         if isinstance(form, Mapping):
+            extra = self._read_extra(source, form)
             target = form.get("labels") if form.get("target") is None else form["target"]
             group = form.get("group")
             for kind, options in self._options.items():
@@ -135,12 +176,12 @@ class OutputReader:
                     self._check_tensor(source, kind, form[kind])
                     self._check_tensor(source, "target", target)
                     group = self._as_group(group, target, options) if self.groups else None
-                    return StepOutputs(form[kind], target, group, options, source)
+                    return StepOutputs(form[kind], target, group, options, source, extra)
             if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
                 mean = _as_mean(source, form["loss"], form["num_tokens"])
                 self._check_tensor(source, "loss", mean.loss)
                 self.reads_means = True  # There will be no intervals.
-                return mean
+                return mean._replace(extra=extra)
         seen = sorted(map(str, form)) if isinstance(form, Mapping) else type(form).__name__
         raise ValueError(f"{source} must return {self._forms()}, got {seen}; add what is missing, or pass `extract`.")
 
@@ -198,6 +239,33 @@ class OutputReader:
         with torch.no_grad():
             num_tokens = _moved(mean.num_tokens, mean.loss.device).to(torch.int64)
             return (tally_mean(mean.loss.view(()), num_tokens.view(())),)
+
+    def tally_extra(self, extra: Mapping[str, Tensor], num_tokens: Tensor | int) -> Tallies:
+        """Tally means over so many targets."""
+        with torch.no_grad():
+            count = _moved(num_tokens, self.device).to(torch.int64).view(())
+            zero = Tally.zero(self.device)
+            of_extra = [tally_mean(extra[x].view(()), count) if x in extra else zero for x in self.extras]
+            return (Tally.stack(*[zero] * (len(self.units) - len(of_extra)), *of_extra),)
+
+    def _read_extra(self, source: str, form: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Return the means for the log that a form has."""
+        if not self.extras or form.get("extra") is None:
+            return NO_EXTRA
+        extra = form["extra"]
+        names = sorted(map(str, extra)) if isinstance(extra, Mapping) else [type(extra).__name__]
+        if not set(names) <= set(self.extras):
+            raise ValueError(
+                f'{source} must return a dict with names of `extras`, {list(self.extras)}, as "extra", got {names}; '
+                "add to `extras`."
+            )
+        for name, value in extra.items():
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+                raise TypeError(
+                    f'{source} must return a mean over its targets, a tensor of one float, as "extra" {name!r}, got '
+                    f"{describe(value)}; take its mean."
+                )
+        return {name: value.detach() for name, value in extra.items()}
 
     def _forms(self) -> str:
         """Return the forms that a step may return, in words."""
@@ -264,7 +332,7 @@ def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
         return ()
     names = tuple(groups) if isinstance(groups, Iterable) else ()
     for name in names:
-        if not isinstance(name, str) or not re.fullmatch(r"(?!dataloader_idx|\.{1,2}$)[\w.-]+", name, re.ASCII):
+        if not is_part(name):
             raise ValueError(
                 "`groups` must be names of letters, digits, '_', '.' and '-', which become parts of paths, got "
                 f"{name!r}; rename it."
@@ -272,6 +340,18 @@ def _as_names(groups: Iterable[str] | None) -> tuple[str, ...]:
     if isinstance(groups, str) or not names or len(set(names)) < len(names):
         raise ValueError(f"`groups` must be a list of different names, got {groups!r}; pass None for no groups.")
     return names
+
+
+def as_extras(extras: Iterable[str]) -> tuple[str, ...]:
+    """Return names of means for the log; raise ValueError if they cannot be parts of tags, or are tags of ours."""
+    names = tuple(extras) if isinstance(extras, Iterable) and not isinstance(extras, str) else (extras,)
+    for name in names:
+        if not is_part(name) or name.endswith("_epoch") or is_reserved(name):
+            raise ValueError(
+                "`extras` must be a list of names of letters, digits, '_', '.' and '-', none of the readings and "
+                f"without '_epoch' at the end, got {name!r}; rename it."
+            )
+    return tuple(dict.fromkeys(names))
 
 
 def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:

@@ -33,6 +33,12 @@ def is_log_point(trainer: Trainer, pl_module: LightningModule) -> bool:
     return bool(every > 0 and (loop.epoch_loop._batches_that_stepped + 1) % every == 0)
 
 
+def show_in_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Let progress bars show values that are on the host; Lightning would copy logged ones there at every batch."""
+    connector: Any = trainer._logger_connector
+    connector._progress_bar_metrics.update(values)  # The public property would first reduce what is pending.
+
+
 def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
     """Return the ranks that hold different data; None for all of them."""
     mesh = getattr(trainer.strategy, "device_mesh", None)
@@ -42,7 +48,7 @@ def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
     return group
 
 
-def describe_run(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+def describe_trainer(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """Return how long a run was, on what it ran, and its hyperparameters."""
     return {
         "steps": trainer.global_step,

@@ -12,7 +12,7 @@ import torch
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.step_outputs import MeanOutput, OutputReader, StepOutputs, Tallies
 from xent_metrics.losses.score import ScoredBatch
-from xent_metrics.tally.tally import sum_tallies_over_ranks
+from xent_metrics.tally.tally import Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -46,13 +46,13 @@ class Pool:
     """
 
     def __init__(self, zero: Tallies) -> None:
-        self._total = zero
+        self._zero = self._total = zero
         self._kept: list[ScoredBatch] = []
         self._num_losses = 0
 
     def add(self, tallies: Tallies) -> None:
-        """Add tallies."""
-        self._total = add_tallies(self._total, tallies)
+        """Add tallies; those of the last units may be missing, where a step did not return what they are read of."""
+        self._total = add_tallies(self._total, _completed(tallies, self._zero))
 
     def keep(self, batch: ScoredBatch) -> None:
         """Add the losses of a batch, to be tallied later."""
@@ -63,12 +63,18 @@ class Pool:
         if self._num_losses >= _MAX_LOSSES or len(self._kept) >= _MAX_BATCHES:
             self._tally_kept()
 
-    def add_outputs(self, reader: OutputReader, outputs: StepOutputs | MeanOutput) -> ScoredBatch | None:
-        """Add what a step returned, and return its losses; None for a mean, which has no losses of single targets."""
+    def add_outputs(self, reader: OutputReader, outputs: StepOutputs | MeanOutput | None) -> ScoredBatch | None:
+        """Add what a step returned, and return its losses; None for a mean or nothing: no losses of single targets."""
+        if outputs is None:
+            return None
         if isinstance(outputs, MeanOutput):
             self.add(reader.tally_mean(outputs))
+            if outputs.extra:
+                self.add(reader.tally_extra(outputs.extra, outputs.num_tokens))
             return None
         batch = reader.score(outputs)
+        if outputs.extra:
+            self.add(reader.tally_extra(outputs.extra, batch.is_scored.sum()))
         if outputs.group is None:
             self.keep(batch)
         else:
@@ -87,6 +93,15 @@ class Pool:
             self.add(OutputReader.tally_joined(kept))
 
 
+def _completed(tallies: Tallies, zero: Tallies) -> Tallies:
+    """Return tallies with those of no targets for whatever units they lack at their end."""
+    whole, *by_group = tallies
+    expected: Any = zero[0]
+    if isinstance(whole, Tally) and whole.state.shape != expected.state.shape:
+        whole = Tally.stack(*(known := whole.unbind()), *expected.unbind()[len(known) :])
+    return (whole, *by_group, *zero[1 + len(by_group) :])
+
+
 class RunTallies:
     """The tallies of a fit. The window is of this rank alone; everything else is of all ranks together.
 
@@ -101,6 +116,7 @@ class RunTallies:
         failed: Whether there was an exception, after which other ranks may not answer.
         validated: The last validation, without groups.
         best: The lowest bits per token of a validation so far; NaN before the first.
+        num_logged: The number of targets scored in training, until the last log point.
     """
 
     def __init__(self, zero: Tallies, about: str, groups: Sequence[str] = ()) -> None:
@@ -111,6 +127,7 @@ class RunTallies:
         self.epoch = self._reduced_not_logged = zero
         self.run_total = self.validated = zero[:1]
         self.best = math.nan
+        self.num_logged = 0
         self.failed = False
 
     def start_epoch(self) -> None:
@@ -125,9 +142,10 @@ class RunTallies:
         # What an epoch or a checkpoint has reduced before it was logged belongs to the window that is logged next.
         return self._reduced_not_logged
 
-    def mark_logged(self) -> None:
-        """Note that everything that was reduced has been logged."""
+    def mark_logged(self, num_tokens: int) -> None:
+        """Note that everything that was reduced has been logged, and how many targets those are since the beginning."""
         self._reduced_not_logged = self._zero
+        self.num_logged = num_tokens
 
     def update_best(self, bits: float) -> float:
         """Return the lowest bits per token of a validation, now that there is another."""
@@ -173,6 +191,7 @@ class RunTallies:
         tallies = {name: self._loaded(name, state_dict["tallies"][name]) for name in _NAMES}
         self._reduced_not_logged, self.epoch, self.run_total = (tallies[name] for name in _NAMES)
         self.best = state_dict["best_bits_per_token"]
+        self.num_logged = _num_scored(self.run_total) - _num_scored(self._reduced_not_logged)
 
     def _loaded(self, name: str, states: Sequence[Any]) -> Tallies:
         zero = self._zero[:1] if name == "run_total" else self._zero
@@ -180,9 +199,15 @@ class RunTallies:
         if found != expected:
             raise ValueError(
                 f"`state_dict` must hold tallies of shapes {expected} as {name!r}, got {found}; load it into a "
-                "CrossEntropyMonitor with the `groups` and the `token_bytes` that it was saved with."
+                "CrossEntropyMonitor with the `groups`, `token_bytes`, `readings` and `extras` that it was saved with."
             )
         return tuple(type(x)(state.to(x.state.device)) for x, state in zip(zero, states, strict=True))
+
+
+def _num_scored(tallies: Tallies) -> int:
+    """Return how many targets of all were scored."""
+    totals: Any = tallies[0].cpu().unbind()[0].totals()
+    return int(totals.scored)
 
 
 def _described(state: Any) -> Any:

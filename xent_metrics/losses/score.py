@@ -50,9 +50,9 @@ class ScoredBatch(NamedTuple):
         return torch.ones_like(self.loss, dtype=torch.bool) if status is None else status == SCORED
 
     @property
-    def row_type(self) -> tuple[int, torch.dtype, torch.device]:
-        """Length, dtype and device of a sequence; batches in which they are equal can be tallied together."""
-        return self.loss.shape[1], self.loss.dtype, self.loss.device
+    def row_type(self) -> tuple[int, torch.dtype, torch.device, int]:
+        """Length, dtype and device of a sequence, and what else is averaged; equal ones can be joined."""
+        return self.loss.shape[1], self.loss.dtype, self.loss.device, len(self.per_token.others)
 
     def copy(self) -> ScoredBatch:
         """Return the batch with losses in memory of their own, without a graph."""

@@ -11,6 +11,7 @@ from xent_metrics import _runtime
 from xent_metrics.distributed import is_distributed
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.score import ScoredBatch, as_groups
+from xent_metrics.losses.target_losses import TargetLosses
 from xent_metrics.readings import DeviceReading, NanPolicy, read_exactly
 from xent_metrics.tally import GroupTally, Tally, tally_groups, tally_losses, tally_sequences
 
@@ -29,8 +30,7 @@ def tally_scored(
         sequence: The sequence of each target, in the shape of its losses; None if each row is one.
     """
     with _runtime.no_graph():
-        losses, *others = batch.per_token.parts()
-        more = others if batch.per_byte is None else [batch.per_byte, *others]
+        losses, *more = _side_by_side(batch)
         per_token = tally_losses(losses, sequence_group) if sequence is None else tally_sequences(losses, sequence)
         return Tally.stack(per_token, *map(tally_losses, more)) if more else per_token
 
@@ -43,7 +43,7 @@ def tally_scored_by_group(
     num_groups: int,
     fix: str = "raise `num_groups`, or mask their targets with `weight`",
 ) -> list[GroupTally]:
-    """Tally a scored batch by group, per token and then per byte if it has that.
+    """Tally a scored batch by group, per token, then per byte if it has that, then what else it has.
 
     Args:
         batch: The batch.
@@ -55,7 +55,13 @@ def tally_scored_by_group(
     """
     with torch.no_grad():
         groups = as_groups(group, target, options, batch.per_token, num_groups, fix)
-        return [tally_groups(losses, groups, num_groups) for losses in batch if losses is not None]
+        return [tally_groups(losses, groups, num_groups) for losses in _side_by_side(batch)]
+
+
+def _side_by_side(batch: ScoredBatch) -> list[TargetLosses]:
+    """Return the losses per token, then per byte if there are such, then what else is averaged over the targets."""
+    losses, *others = batch.per_token.parts()
+    return [losses, *([] if batch.per_byte is None else [batch.per_byte]), *others]
 
 
 def read_batch(tally: Tally | GroupTally, nan_policy: NanPolicy, confidence: float = 0.95) -> DeviceReading:

@@ -11,7 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from xent_metrics.tags import ENDS, UNIFORM, Tag, parse_tag
+from xent_metrics.tags import BOUNDS, ENDS, UNIFORM, Tag, parse_tag
 from xent_metrics.tensorboard.descriptions import describe_tag
 from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
 from xent_metrics.tensorboard.hparams import log_hparams
@@ -70,12 +70,14 @@ class Dashboard:
 
     def _lay_out(self) -> None:
         """Write the layout if it has changed."""
-        window, epoch = (Tag("train", f"cross_entropy{end}").text(self._prefix) in self._described for end in ENDS)
+        shown = [tag for tag in (parse_tag(text, self._prefix) for text in self._described) if tag is not None]
+        window, epoch = (any(Tag("train", name + end) in shown for name in self._readings) for end in ENDS)
+        names = {tag.name.removesuffix("_epoch") for tag in shown if tag.stage != "test"}
         layout = build_layout(
-            self._readings,
+            [name for name in self._readings if name in names],
             groups=self._groups,
             loaders=any(tag.startswith(f"{self._prefix}val_by_loader/") for tag in self._described),
-            intervals=f"{self._prefix}val/cross_entropy_lower" in self._described,
+            intervals=any(Tag("val", name) in shown for name in BOUNDS),
             overlay="overlay" in self.parts,
             windows=window or not epoch,
             prefix=self._logger_prefix + self._prefix,

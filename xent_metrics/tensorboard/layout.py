@@ -52,6 +52,8 @@ def build_layout(
         lines = [name] if overlay else [f"train/{train}", f"val/{name}"]
         if name == "bits_per_token":
             lines += [f"val/{UNIFORM}", f"val/{UNIGRAM}"]
+        if name == "entropy" and not overlay:
+            lines += ["val/cross_entropy"]  # The distance is how much the model is too sure.
         _add_lines(category, f"{name}: training, validation", (re.escape(prefix + line) for line in lines))
         if intervals and name in BOUNDED_READINGS:
             tag = f"{prefix}val/{name}"
@@ -59,7 +61,7 @@ def build_layout(
             margin = layout_pb2.MarginChartContent(series=[series])
             category.chart.append(layout_pb2.Chart(title=f"{name}: validation with its interval", margin=margin))
         if loaders:
-            any_loader = Tag("val", name, "loader", r"dataloader_idx_\d+").text(re.escape(prefix))
+            any_loader = Tag("val", name, "loader", "[^/]+").text(re.escape(prefix))
             _add_lines(category, f"{name}: validation loaders", [any_loader])
         if groups:
             names = "|".join(map(re.escape, groups))

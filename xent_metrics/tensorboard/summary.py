@@ -55,7 +55,8 @@ def _rows(values: Mapping[str, float], prefix: str) -> list[tuple[str, str, str]
             # No interval is logged in bits: it is that of the cross-entropy, in another unit.
             base, unit = ("cross_entropy", math.log(2)) if ours.name == "bits_per_token" else (ours.name, 1.0)
             ends = [values.get(Tag(ours.stage, f"{base}_{end}").text(prefix)) for end in ("lower", "upper")]
-        rows.append((f"`{tag}`", f"{value:.6g}", " to ".join(f"{end / unit:.6g}" for end in ends if end is not None)))
+        shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+        rows.append((f"`{tag}`", shown, " to ".join(f"{end / unit:.6g}" for end in ends if end is not None)))
     return rows
 
 
