@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tests.lightning.fits import (
@@ -249,6 +250,57 @@ def test_bits_per_byte_are_all_bits_over_all_bytes(tmp_path, form, given) -> Non
         expected.add("val_by_loader", 6, values, f"/dataloader_idx_{i}")
     expected.add("val", 6, {"macro_bits_per_byte": sum(bits_per_byte(by_loader[i]) for i in range(2)) / 2})
     assert_points(logged(trainer), expected.points)
+
+
+def bytes_of_text(target: Tensor) -> Tensor:
+    """Return how many bytes each sequence has: some that no table of tokens would give."""
+    return 3 * (target != IGNORED).sum(1) + 2
+
+
+@pytest.mark.parametrize("form", ["losses", "logits"])
+@pytest.mark.parametrize("by_sequence", [True, False])
+def test_the_bytes_of_a_batch_may_come_with_it(tmp_path, form, by_sequence) -> None:
+    """All bits over all bytes that steps returned, in windows, epochs and validations, beside an accuracy too."""
+
+    def adapt(stage: str, outputs: Any, batch: Any, batch_idx: int) -> Any:
+        num_bytes = bytes_of_text(batch[1])
+        return outputs | {"num_bytes": num_bytes if by_sequence else int(num_bytes.sum())}
+
+    module = Model(form, adapt=adapt)
+    monitor = CrossEntropyMonitor(num_bytes=True, readings=("cross_entropy", "accuracy"))
+    trainer = make_trainer(tmp_path, monitor, max_epochs=1)
+    trainer.fit(module, ragged_loader(NUM_TRAIN), ragged_loader(3, seed=2))
+    points, batches = logged(trainer), module.train_batches
+
+    def expected(scored: Any) -> float:
+        nats = sum(losses.masked_fill(target == IGNORED, 0.0).sum() for losses, target in scored)
+        return (nats / math.log(2) / sum(bytes_of_text(target).sum() for _, target in scored)).item()
+
+    windows = [expected(batches[start : start + 2]) for start in (0, 2, 4)]
+    assert [value for _, value in points["train/bits_per_byte"]] == pytest.approx(windows, rel=1e-6)
+    assert points["train/bits_per_byte_epoch"][0][1] == pytest.approx(expected(batches), rel=1e-6)
+    [by_loader] = module.evaluations
+    assert points["val/bits_per_byte"][0][1] == pytest.approx(expected(by_loader[0]), rel=1e-6)
+    assert ("val/accuracy" in points) == (form == "logits")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "error", "message"),
+    [
+        (None, ValueError, 'for `num_bytes` also "num_bytes": the bytes of its text, got'),
+        (-1, ValueError, "`num_bytes` must not be negative"),
+        (1.5, TypeError, "`num_bytes` must be an integer"),
+    ],
+)
+def test_bytes_that_are_none_are_refused(tmp_path, num_bytes, error, message) -> None:
+    """Before anything is tallied; and they do not go with groups, a table, or losses that are left out."""
+    more = {} if num_bytes is None else {"num_bytes": num_bytes}
+    module = Model(adapt=lambda stage, outputs, *_: outputs | more)
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, CrossEntropyMonitor(num_bytes=True)).validate(module, ragged_loader(1), verbose=False)
+    for options in ({"groups": GROUPS}, {"token_bytes": NUM_BYTES}, {"nan_policy": "omit"}):
+        with pytest.raises(ValueError, match="must"):
+            CrossEntropyMonitor(num_bytes=True, **options)
 
 
 def test_groups_have_their_own_bits_per_byte(tmp_path) -> None:

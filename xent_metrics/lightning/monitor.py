@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
-from xent_metrics._validate import as_plain
+from xent_metrics._validate import as_plain, check_omitted_bytes
 from xent_metrics.distributed import is_distributed
 from xent_metrics.lightning.callback_base import Callback, serve_what_is_loaded
 from xent_metrics.lightning.dashboards import DEFAULT_PARTS, Dashboards, Part
@@ -68,7 +68,8 @@ class CrossEntropyMonitor(Callback):
 
     Logged metrics:
         `{stage}` is `train`, `val` or `test`, `{reading}` is `cross_entropy` (nats), `bits_per_token` or `perplexity`,
-        with `token_bytes` also `bits_per_byte`, and what `readings` and `extras` name; `prefix` stands before all.
+        with `token_bytes` or `num_bytes` also `bits_per_byte`, and what `readings` and `extras` name; `prefix` stands
+        before all.
 
         - `train/{reading}`: over all targets since the last log point (not the last batch only), at the steps where
           Lightning logs;
@@ -115,6 +116,9 @@ class CrossEntropyMonitor(Callback):
             its target: a name or an index into the names, for the batch, for each of its sequences, or for each target.
         token_bytes: Bytes of text behind each token id, as `xent_metrics.token_byte_lengths(tokenizer).tolist()`
             gives them, or a file to which `torch.save` wrote them; adds `bits_per_byte`.
+        num_bytes: Whether the form also has `"num_bytes"`, the bytes of the text that its targets stand for: an integer
+            for the batch, or a tensor with one for each sequence. For tokenizers that no table of tokens fits; adds
+            `bits_per_byte`.
         nan_policy: What infinite and NaN losses do: `"propagate"` as in IEEE addition, `"omit"` leaves them out,
             `"raise"` stops the run.
         confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
@@ -163,6 +167,7 @@ class CrossEntropyMonitor(Callback):
         shift: bool = False,
         groups: Sequence[str] | None = None,
         token_bytes: Sequence[int] | Tensor | str | None = None,
+        num_bytes: bool = False,
         nan_policy: NanPolicy = "propagate",
         confidence: float = 0.95,
         prefix: str = "",
@@ -178,10 +183,21 @@ class CrossEntropyMonitor(Callback):
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
         check_reading(nan_policy, confidence)
+        check_omitted_bytes(nan_policy, 0 if num_bytes else None)
         names = as_choices("readings", readings, get_args(LoggedReading))
         of_scores = [name for name in OF_SCORES if name in names]
         self._outputs = OutputReader(
-            extract, class_dim, ignore_index, shift, groups, token_bytes, num_classes, backend, of_scores, extras
+            extract,
+            class_dim,
+            ignore_index,
+            shift,
+            groups,
+            token_bytes,
+            num_classes,
+            backend,
+            of_scores,
+            extras,
+            num_bytes,
         )
         self._configuration = {**self._outputs.configuration, "prefix": prefix}
         self.nan_policy: NanPolicy = nan_policy

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.prints import rank_zero_warn
 
+from xent_metrics import _runtime
 from xent_metrics._validate import (
+    as_num_bytes,
     as_num_classes,
     as_plain,
     as_tensor_hint,
@@ -32,9 +34,10 @@ from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, LossOptions
 from xent_metrics.losses.score import ScoredBatch, score_batch, target_shape
 from xent_metrics.metrics.batch_tallies import tally_scored, tally_scored_by_group
+from xent_metrics.metrics.bits_per_byte import total_bytes
 from xent_metrics.metrics.saved_state import changed_settings, in_words
 from xent_metrics.tags import BITS_PER_BYTE, is_part, is_reserved
-from xent_metrics.tally.accumulate import tally_mean
+from xent_metrics.tally.accumulate import tally_losses, tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
 
 Tallies = tuple[Tally | GroupTally, ...]
@@ -58,6 +61,7 @@ class StepOutputs(NamedTuple):
         options: How `preds` is read.
         source: The step, in words.
         extra: Means that the step returned for the log, by name.
+        num_bytes: The bytes of the text, in all or of each sequence; None where they are not asked for.
     """
 
     preds: Tensor | LinearLogits
@@ -66,12 +70,23 @@ class StepOutputs(NamedTuple):
     options: LossOptions
     source: str
     extra: Mapping[str, Tensor] = NO_EXTRA
+    num_bytes: Tensor | int | None = None
 
     def first(self, num_samples: int) -> StepOutputs:
         """Return the outputs of the first samples."""
         group = self.group if self.group is None or self.group.dim() == 0 else self.group[:num_samples]
         preds, target = self.preds.narrow(0, 0, num_samples), self.target[:num_samples]
-        return self._replace(preds=preds, target=target, group=group)
+        return self._replace(preds=preds, target=target, group=group, num_bytes=self._bytes_of_first(num_samples))
+
+    def _bytes_of_first(self, num_samples: int) -> Tensor | int | None:
+        if self.num_bytes is None or num_samples == len(self.target):
+            return self.num_bytes
+        if isinstance(self.num_bytes, Tensor) and self.num_bytes.shape == self.target.shape[:1]:
+            return self.num_bytes[:num_samples]
+        raise ValueError(
+            f'{self.source} must return "num_bytes" of each sequence where ranks draw some samples twice, got '
+            f"{describe(self.num_bytes)} for {len(self.target)} sequences; return a tensor with one number for each."
+        )
 
 
 class MeanOutput(NamedTuple):
@@ -103,6 +118,7 @@ class OutputReader:
         backend: Backend,
         of_scores: Sequence[str] = (),
         extras: Iterable[str] = (),
+        num_bytes: bool = False,
     ) -> None:
         self.extract = as_function("extract", extract, "be a function of (outputs, batch)")
         self.groups = _as_names(groups)
@@ -123,8 +139,16 @@ class OutputReader:
             ),
         }
         self.extras = as_extras(extras)
+        if num_bytes and (self.groups or token_bytes is not None):
+            raise ValueError(
+                "`num_bytes` must be False with `groups` or `token_bytes`, got True; a table has bytes of its own, and "
+                "those of a batch are not those of a group."
+            )
+        self._takes_bytes = num_bytes
         in_bytes = () if token_bytes is None else (BITS_PER_BYTE,)
-        self.units = ("cross_entropy", *in_bytes, *of_scores, *self.extras)
+        # Those of a batch come after what its losses are tallied with.
+        given = (BITS_PER_BYTE,) if num_bytes else ()
+        self.units = ("cross_entropy", *in_bytes, *of_scores, *given, *self.extras)
         self.device = torch.device("cpu")
         self.reads_means = False
         decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
@@ -138,7 +162,7 @@ class OutputReader:
             "groups": self.groups,
             "token_bytes": self.token_bytes is not None,
         }
-        if of_scores or self.extras:
+        if of_scores or self.extras or num_bytes:
             self.configuration["units"] = self.units
         self._looked_at: set[str] = set()
 
@@ -171,13 +195,16 @@ class OutputReader:
             extra = self._read_extra(source, form)
             target = form.get("labels") if form.get("target") is None else form["target"]
             group = form.get("group")
+            complete = (group is not None or not self.groups) and (not self._takes_bytes or "num_bytes" in form)
             for kind, options in self._options.items():
-                if kind in form and target is not None and (group is not None or not self.groups):
+                if kind in form and target is not None and complete:
                     self._check_tensor(source, kind, form[kind])
                     self._check_tensor(source, "target", target)
                     group = self._as_group(group, target, options) if self.groups else None
-                    return StepOutputs(form[kind], target, group, options, source, extra)
-            if "loss" in form and "num_tokens" in form and not self.groups and self.token_bytes is None:
+                    num_bytes = self._read_bytes(form["num_bytes"], target) if self._takes_bytes else None
+                    return StepOutputs(form[kind], target, group, options, source, extra, num_bytes)
+            is_mean = "loss" in form and "num_tokens" in form
+            if is_mean and not self.groups and self.token_bytes is None and not self._takes_bytes:
                 mean = _as_mean(source, form["loss"], form["num_tokens"])
                 self._check_tensor(source, "loss", mean.loss)
                 self.reads_means = True  # There will be no intervals.
@@ -248,6 +275,17 @@ class OutputReader:
             of_extra = [tally_mean(extra[x].view(()), count) if x in extra else zero for x in self.extras]
             return (Tally.stack(*[zero] * (len(self.units) - len(of_extra)), *of_extra),)
 
+    def tally_bytes(self, batch: ScoredBatch, num_bytes: Tensor | int) -> Tallies:
+        """Tally a batch per byte of its text."""
+        with torch.no_grad():
+            per_byte = tally_losses(batch.per_token).with_weight(total_bytes(num_bytes, self.device))
+            zeros = [Tally.zero(self.device)] * self.units.index(BITS_PER_BYTE)
+            return (Tally.stack(*zeros, per_byte),)
+
+    def _read_bytes(self, num_bytes: Any, target: Tensor) -> Tensor | int:
+        """Return the bytes of a batch; raise TypeError or ValueError if they are none, where that is free."""
+        return as_num_bytes(num_bytes, target, _runtime.raises_eagerly(target))
+
     def _read_extra(self, source: str, form: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """Return the means for the log that a form has."""
         if not self.extras or form.get("extra") is None:
@@ -271,6 +309,8 @@ class OutputReader:
         """Return the forms that a step may return, in words."""
         if self.groups:
             return f'one of the first two of {_FORMS}, and for `groups` also "group": a name or an index'
+        if self._takes_bytes:
+            return f'one of the first two of {_FORMS}, and for `num_bytes` also "num_bytes": the bytes of its text'
         return _FORMS if self.token_bytes is None else f"for `token_bytes` one of the first two of {_FORMS}"
 
     def _as_group(self, group: Any, target: Tensor, options: LossOptions) -> Tensor:

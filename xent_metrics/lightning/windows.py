@@ -75,6 +75,8 @@ class Pool:
         batch = reader.score(outputs)
         if outputs.extra:
             self.add(reader.tally_extra(outputs.extra, batch.is_scored.sum()))
+        if outputs.num_bytes is not None:
+            self.add(reader.tally_bytes(batch, outputs.num_bytes))
         if outputs.group is None:
             self.keep(batch)
         else:

@@ -45,13 +45,17 @@ def tally_per_byte(
         num_bytes = as_num_bytes(num_bytes, losses.loss, _runtime.raises_eagerly(losses.loss))
         losses = losses.weighted(weights)
         raise_mistakes(losses, preds, target, options, weights)
-        if isinstance(num_bytes, Tensor):
-            each = num_bytes.to(torch.int64)
-        else:  # Not as_tensor, of which compiled code makes a constant.
-            within = max(-1, min(num_bytes, BYTES_LIMIT))
-            each = torch.full((), within, dtype=torch.int64, device=losses.loss.device)
-        invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
-        return tally_losses(losses).with_weight(torch.where(invalid, -1, each.sum()))
+        return tally_losses(losses).with_weight(total_bytes(num_bytes, losses.loss.device))
+
+
+def total_bytes(num_bytes: int | Tensor, device: torch.device) -> Tensor:
+    """Return the sum of numbers of bytes, on a device; -1 if one of them is none."""
+    if isinstance(num_bytes, Tensor):
+        each = num_bytes.to(torch.int64)
+    else:  # Not as_tensor, of which compiled code makes a constant.
+        each = torch.full((), max(-1, min(num_bytes, BYTES_LIMIT)), dtype=torch.int64, device=device)
+    invalid = ((each < 0) | (each >= BYTES_LIMIT)).any()
+    return torch.where(invalid, -1, each.sum())
 
 
 class BitsPerByte(TallyMetric):
