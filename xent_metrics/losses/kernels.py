@@ -32,6 +32,7 @@ Results = tuple[Any, ...]
 """What a kernel returns of rows: tensors with an entry for each row, or None for what there is not."""
 
 _CHUNK = 64  # As many terms are summed in float32, which costs no more than one sum over all.
+_NEGLIGIBLE = -87.0  # A logit so far below the largest adds nothing to a float64 sum.
 _FEWEST_CHUNKS = 16  # Shorter rows are summed in float64: that is fewer operators, and as fast for many rows.
 
 
@@ -309,35 +310,6 @@ def entropy(target: Tensor, _: Tensor | None = None, *, smoothing: float) -> Res
     return (_sum(torch.special.entr(probs)),)
 
 
-def binary(
-    preds: Tensor, target: Tensor, pos_weight: Tensor | None, *, input: Input, eps: float | None, smoothing: float
-) -> Results:
-    """Return the loss of each yes-or-no target, and which probabilities are outside [0, 1]; all of one shape."""
-    scores = preds.to(score_dtype(preds))
-    # A rounded difference would be multiplied by a logit. Of 0 and 1, the only ones that integers can be, it is exact.
-    exact = not smoothing and not target.is_floating_point() and pos_weight is None
-    dtype = scores.dtype if exact else _runtime.widest_float(scores.device)
-    positive = target.to(dtype)
-    negative = 1 - positive
-    if smoothing:
-        positive, negative = (x * (1 - smoothing) + smoothing / 2 for x in (positive, negative))
-    if pos_weight is not None:
-        positive = positive * pos_weight.to(dtype)
-    improper = None
-    if input == "logits":
-        log_p, log_q = F.logsigmoid(scores), F.logsigmoid(-scores)
-    else:
-        improper = (scores < 0) | (scores > 1)
-        log_p, log_q = clip_logarithms(scores.log(), eps), clip_logarithms(torch.log1p(-scores), eps)
-    log_p, log_q = log_p.to(dtype), log_q.to(dtype)
-    for log, coefficient in ((log_p, positive), (log_q, negative)):
-        extremes = _runtime.least_and_greatest(log.mul_(coefficient))
-        if extremes and extremes[0] > -math.inf:
-            continue  # Not even a NaN: all logarithms were finite, and 0 times each of them is 0.
-        log.masked_fill_(coefficient == 0, 0.0)
-    return torch.neg(log_p + log_q), improper
-
-
 def clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
     """Clip the logarithms of probabilities, in place: float32 has no `eps` of 1e-50, but its logarithm."""
     return logarithms if eps is None else logarithms.clamp_(math.log(eps), math.log1p(-eps))
@@ -353,7 +325,10 @@ def _first_sums(
     if not entropy:
         return None, None, None
     probs = _copied(scores, buffer, score_dtype(scores))
-    probs = probs.exp_() if input == "log_probs" else probs if eps is None else probs.clamp_(eps, 1 - eps)
+    if input == "log_probs":
+        probs.clamp_(min=_NEGLIGIBLE).exp_()
+    elif eps is not None:
+        probs.clamp_(eps, 1 - eps)
     return None, None, _self_information(probs)
 
 
@@ -373,8 +348,11 @@ def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor
         terms = torch.softmax(wide, 1, out=buffer)
         return _sum_chunks(terms), None, terms
     top = logits.amax(1)
-    exponentials = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=buffer).exp_()
-    return (_sum_chunks if chunked else _sum)(exponentials), top, exponentials
+    relative = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=buffer)
+    if _runtime.can_read_values(relative):  # `exp` takes a hundred times as long on the CPU where it is all but 0.
+        relative.clamp_(min=_NEGLIGIBLE)
+    terms = relative.exp_()
+    return (_sum_chunks if chunked else _sum)(terms), top, terms
 
 
 def _logarithms(
