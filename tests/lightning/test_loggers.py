@@ -246,6 +246,7 @@ def test_a_tag_that_a_module_logs_too_is_named_once(tmp_path) -> None:
 def test_the_table_that_lightning_prints_has_each_loaders_own_values(tmp_path, capsys, monkeypatch) -> None:
     """And `trainer.validate` returns them with that loader: Lightning takes the rest of a tag for one name."""
     monkeypatch.setattr("lightning.pytorch.loops.evaluation_loop._RICH_AVAILABLE", False)  # It cuts what is long.
+    monkeypatch.setenv("COLUMNS", "200")  # A narrow terminal has a table for each loader.
     module, trainer = Model(), make_trainer(tmp_path, CrossEntropyMonitor(), logger=False)
     loaders = [ragged_loader(3), ragged_loader(2, seed=2), ragged_loader(4, seed=3)]
     returned = trainer.validate(module, loaders)
