@@ -46,7 +46,7 @@ class _Lines:
 
 def run_traced(call: Callable[[], Any], lines: _Lines) -> bool:
     """Call; return whether it was interrupted."""
-    before = sys.gettrace()
+    before, grad = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(lines)
     try:
         call()
@@ -54,6 +54,7 @@ def run_traced(call: Callable[[], Any], lines: _Lines) -> bool:
         return True
     finally:
         sys.settrace(before)
+        torch.set_grad_enabled(grad)  # Which PyTorch's own `with` leaves off where it is interrupted as it is entered.
     return False
 
 
