@@ -9,7 +9,13 @@ import torch
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed
-from xent_metrics.lightning.trainer import current_step, show_in_progress_bar
+from xent_metrics.lightning.trainer import (
+    current_hook,
+    current_step,
+    show_in_progress_bar,
+    tags_of_other_hooks,
+    values_of_loader,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -62,7 +68,7 @@ class ValueLog:
         """Log values of an epoch; Lightning monitors them, and returns those of a loader with that loader's."""
         if trainer.barebones:  # Lightning would warn about every name.
             return
-        self._warn_of_others(trainer, values, hook=str(pl_module._current_fx_name))
+        self._warn_of_others(trainer, values, hook=current_hook(pl_module))
         if not trainer.sanity_checking:
             self._show(trainer, values)
         # The last two arguments together reduce nothing, and draw no advice to reduce the values once more.
@@ -70,11 +76,9 @@ class ValueLog:
             _as_tensors(values), batch_size=1, add_dataloader_idx=False, sync_dist=True, rank_zero_only=True
         )
         if by_loader and not trainer.sanity_checking:
-            # One for each loader that had batches. Lightning logs all of them, and prints a column of each.
-            outputs = trainer._evaluation_loop._logged_outputs
             for i, of_loader in by_loader.items():
                 tensors = _as_tensors(of_loader)
-                outputs[i if i < len(outputs) else -1].update(tensors)
+                values_of_loader(trainer, i).update(tensors)
                 trainer.callback_metrics.update(tensors)
 
     def _show(self, trainer: Trainer, values: Mapping[str, float]) -> None:
@@ -82,12 +86,7 @@ class ValueLog:
 
     def _warn_of_others(self, trainer: Trainer, values: Mapping[str, float], hook: str) -> None:
         """Warn of tags that were also logged with `self.log`, in other hooks than this one."""
-        results = trainer._results
-        others: set[str] = set()
-        for item in results.values() if results is not None else ():
-            if item.meta.fx != hook:
-                others.update((item.meta.name, item.meta.forked_name(True), item.meta.forked_name(False)))
-        if clashes := sorted(others & values.keys() - self._warned):
+        if clashes := sorted(tags_of_other_hooks(trainer, hook) & values.keys() - self._warned):
             self._warned.update(clashes)
             rank_zero_warn(
                 f"`CrossEntropyMonitor` logs {clashes}, which the module or another callback logs too: both are mixed "

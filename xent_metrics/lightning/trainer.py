@@ -39,6 +39,28 @@ def show_in_progress_bar(trainer: Trainer, values: Mapping[str, float]) -> None:
     connector._progress_bar_metrics.update(values)  # The public property would first reduce what is pending.
 
 
+def current_hook(pl_module: LightningModule) -> str:
+    """Return the name of the hook that Lightning is calling."""
+    return str(pl_module._current_fx_name)
+
+
+def tags_of_other_hooks(trainer: Trainer, hook: str) -> set[str]:
+    """Return the tags under which `self.log` was called in other hooks than one."""
+    results = trainer._results
+    tags: set[str] = set()
+    for item in results.values() if results is not None else ():
+        if item.meta.fx != hook:
+            tags.update((item.meta.name, item.meta.forked_name(True), item.meta.forked_name(False)))
+    return tags
+
+
+def values_of_loader(trainer: Trainer, index: int) -> dict[str, Any]:
+    """Return the values of a loader that Lightning is about to log, and to print as a column."""
+    # One dict for each loader that had batches.
+    outputs: list[dict[str, Any]] = trainer._evaluation_loop._logged_outputs
+    return outputs[index if index < len(outputs) else -1]
+
+
 def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
     """Return the ranks that hold different data; None for all of them."""
     mesh = getattr(trainer.strategy, "device_mesh", None)
