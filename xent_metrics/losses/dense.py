@@ -119,7 +119,10 @@ def _score_hard(
         weights = None if denominator is None else of_rows(denominator, rows)
         targets = of_rows(index, rows)
         loss = kernels.losses_of_hard(scores, targets, sums, weights, class_weight, smoothing=smoothing, **constants)
-        others = _others(sums, targets)
+        others = _others(sums)
+        if options.accuracy:
+            hits = kernels.are_most_likely(scores, targets, sums)
+            others = [hits.to(_runtime.widest_float(hits.device)), *others]
         results.add(num_rows_in(rows), (loss, sums.improper, *others))
     if results.joined is None:
         nothing = _no_losses(index).new_zeros(index.shape)
@@ -164,14 +167,9 @@ def _score_soft(
     return _with_improper(losses, improper)
 
 
-def _others(sums: RowSums, index: Tensor | None = None) -> list[Tensor]:
-    """Return `TargetLosses.others` of some rows: whether each most likely class is the target's, and entropies."""
-    others = []
-    if sums.best is not None and index is not None:
-        others.append(sums.best.eq(index).to(_runtime.widest_float(index.device)))
-    if sums.self_information is not None:
-        others.append(kernels.entropies(sums))
-    return others
+def _others(sums: RowSums) -> list[Tensor]:
+    """Return what of `TargetLosses.others` does not depend on the target: entropies, if they are wanted."""
+    return [] if sums.x_log_x is None else [kernels.entropies(sums)]
 
 
 def _with_improper(losses: TargetLosses, improper: Tensor | None) -> TargetLosses:

@@ -18,7 +18,6 @@ and another for what is left, which differ in the last bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -45,9 +44,10 @@ class RowSums(NamedTuple):
         top: The largest logit, where it was needed.
         of_all: The sum over classes of coefficient times logarithm, of logits relative to `top`; None if there is none.
         improper: Whether a probability is outside [0, 1]; None for other input.
-        best: The class of the largest score, the lowest of several; None if it is not wanted.
-        self_information: The sum over classes of x ln x, of probabilities, or of exponentials relative to anything;
-            None if no entropy is wanted.
+        best: The class of the largest score, the lowest of several; None if it is not wanted, or `are_most_likely`
+            finds out for less.
+        x_log_x: The sum over classes of x ln x, of probabilities, or of exponentials relative to anything; None if no
+            entropy is wanted.
     """
 
     exponentials: Tensor | None
@@ -55,7 +55,7 @@ class RowSums(NamedTuple):
     of_all: Tensor | None
     improper: Tensor | None
     best: Tensor | None = None
-    self_information: Tensor | None = None
+    x_log_x: Tensor | None = None
 
 
 def score_dtype(preds: Any) -> torch.dtype:
@@ -97,14 +97,15 @@ def sum_hard(
         accuracy: Whether the most likely class is wanted.
         entropy: Whether what an entropy is made of is wanted.
     """
-    best = _most_likely(scores) if accuracy else None
-    exponentials, top, information = _first_sums(scores, buffer, input, eps, entropy)
+    can_look_later = input == "logits" and _runtime.can_read_values(scores)
+    best = scores.argmax(1) if accuracy and not can_look_later else None
+    exponentials, top, x_log_x = _first_sums(scores, buffer, input, eps, entropy)
     of_all = None
     if smooth:
         logarithms, top = _logarithms(scores, buffer, top, input, eps)
         weight = None if class_weight is None else class_weight.to(logarithms.dtype)
         of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
-    return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None, best, information)
+    return RowSums(exponentials, top, of_all, _outside(scores) if input == "probs" else None, best, x_log_x)
 
 
 def sum_soft(
@@ -138,7 +139,7 @@ def sum_soft(
         `RowSums`; the sum of coefficient times logarithm, relative as theirs; the sum of the coefficients, which are
         target times class weight; and whether the target is no distribution.
     """
-    exponentials, top, information = _first_sums(scores, buffer, input, eps, entropy)
+    exponentials, top, x_log_x = _first_sums(scores, buffer, input, eps, entropy)
     coefficient = _copied(target, target_buffer, score_dtype(scores))
     total = _sum(coefficient)
     # A NaN compares false with everything, so a row that has one is not a distribution.
@@ -152,7 +153,7 @@ def sum_soft(
     if smooth:
         of_all = _sum(logarithms if weight is None else _weigh(logarithms, weight, out=buffer))
     improper = _outside(scores) if input == "probs" else None
-    sums = RowSums(exponentials, top, of_all, improper, None, information)
+    sums = RowSums(exponentials, top, of_all, improper, None, x_log_x)
     return *sums, of_target, total, ~distribution
 
 
@@ -172,23 +173,47 @@ def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
     if sums.exponentials.dim() == 1:
         assert sums.top is not None
         return sums.exponentials.log(), sums.top.to(dtype)
-    greatest, where = sums.exponentials.max(1)
-    terms = _terms_of_chunk(scores, where).to(dtype)
+    greatest, _, terms = _likely_chunk(scores, sums.exponentials)
     top = terms.amax(1)
     exact = (terms - top.unsqueeze(1)).exp_().sum(1)
     others = sums.exponentials.sum(1, dtype=dtype) - greatest
     return (exact + others * (exact / greatest)).log(), top
 
 
+def are_most_likely(scores: Tensor, index: Tensor, sums: RowSums) -> Tensor:
+    """Return whether the class of each row is the most likely one, the lowest of several.
+
+    On the CPU `argmax` takes as long as all exponentials. So rows are looked at again only where what is left of them
+    does not tell: no class of a chunk is more likely than all of the chunk.
+    """
+    if sums.best is not None:
+        return sums.best == index
+    assert sums.exponentials is not None
+    of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1)
+    if sums.top is not None:
+        is_hit, is_miss = torch.zeros_like(index, dtype=torch.bool), of_target < sums.top
+    else:
+        greatest, where, terms = _likely_chunk(scores, sums.exponentials)
+        top = terms.amax(1)
+        share = greatest / (terms - top.unsqueeze(1)).exp_().sum(1) * (of_target - top).exp()
+        num_rivals = (sums.exponentials >= 0.999 * share.unsqueeze(1)).sum(1)  # Its own chunk is one.
+        is_first = terms.argmax(1) == index - where * _CHUNK
+        is_hit, is_miss = is_first & (num_rivals == 1), of_target < top
+    rows = (~(is_hit | is_miss)).nonzero().squeeze(1)
+    if len(rows):
+        is_hit[rows] = scores[rows].argmax(1) == index[rows]
+    return is_hit
+
+
 def entropies(sums: RowSums) -> Tensor:
     """Return the entropy of each row's own distribution, in float64 where there is one: `-sum(p ln p)`."""
-    assert sums.self_information is not None
+    assert sums.x_log_x is not None
     if sums.exponentials is None:
-        return torch.neg(sums.self_information)
-    total = sums.exponentials.to(sums.self_information.dtype)
+        return torch.neg(sums.x_log_x)
+    total = sums.exponentials.to(sums.x_log_x.dtype)
     total = total.sum(1) if total.dim() == 2 else total
     # Not below 0: of a row that is certain, two rounded numbers are left of each other.
-    return (total.log() - sums.self_information / total).clamp_(min=0.0)
+    return (total.log() - sums.x_log_x / total).clamp_(min=0.0)
 
 
 def losses_of_hard(
@@ -318,10 +343,10 @@ def clip_logarithms(logarithms: Tensor, eps: float | None) -> Tensor:
 def _first_sums(
     scores: Tensor, buffer: Tensor | None, input: Input, eps: float | None, entropy: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return `exponentials`, `top` and `self_information` of `RowSums`."""
+    """Return `exponentials`, `top` and `x_log_x` of `RowSums`."""
     if input == "logits":
         exponentials, top, terms = _exponentials(scores, buffer)
-        return exponentials, top, _self_information(terms) if entropy else None
+        return exponentials, top, _sum_of_x_log_x(terms) if entropy else None
     if not entropy:
         return None, None, None
     probs = _copied(scores, buffer, score_dtype(scores))
@@ -329,10 +354,10 @@ def _first_sums(
         probs.clamp_(min=_NEGLIGIBLE).exp_()
     elif eps is not None:
         probs.clamp_(eps, 1 - eps)
-    return None, None, _self_information(probs)
+    return None, None, _sum_of_x_log_x(probs)
 
 
-def _self_information(x: Tensor) -> Tensor:
+def _sum_of_x_log_x(x: Tensor) -> Tensor:
     """Return the sum of x ln x over each row, which is written to."""
     x.clamp_(min=torch.finfo(x.dtype).tiny)  # Adds some 1e-36 of a nat, and not 0 * -inf.
     return _sum(x.log().mul_(x))
@@ -377,32 +402,21 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(1, dtype=_runtime.widest_float(x.device))
 
 
-def _most_likely(scores: Tensor) -> Tensor:
-    """Return the class of the largest score of each row, the lowest of several."""
-    if not (num_chunks(scores.shape[1], scores.dtype) and _runtime.can_read_values(scores)):
-        return scores.argmax(1)
-    # On the CPU `argmax` takes as long as all exponentials, and `amax` a fifth of that.
-    where = _of_chunks(scores, torch.amax).argmax(1)
-    return where * _CHUNK + _terms_of_chunk(scores, where).argmax(1)
-
-
-def _terms_of_chunk(scores: Tensor, where: Tensor) -> Tensor:
-    """Return one chunk of each row, with -inf where the last one ends."""
+def _likely_chunk(scores: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest sum of a chunk in each row, which chunk that is, and its scores in the widest float."""
+    greatest, where = chunks.max(1)
     index = where.unsqueeze(1) * _CHUNK + torch.arange(_CHUNK, device=scores.device)
     last = scores.shape[1] - 1
-    return scores.gather(1, index.clamp(max=last)).masked_fill_(index > last, -math.inf)
-
-
-def _of_chunks(x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
-    """Reduce each chunk of each row to one number."""
-    rest = x.shape[1] % _CHUNK
-    chunks = reduce((x[:, :-rest] if rest else x).view(len(x), -1, _CHUNK), 2)
-    return torch.cat([chunks, reduce(x[:, -rest:], 1, keepdim=True)], 1) if rest else chunks
+    terms = scores.gather(1, index.clamp(max=last)).to(_runtime.widest_float(scores.device))
+    return greatest, where, terms.masked_fill_(index > last, -math.inf)
 
 
 def _sum_chunks(x: Tensor) -> Tensor:
     """Sum chunks of each row."""
-    chunks = _of_chunks(x, torch.sum)
+    rest = x.shape[1] % _CHUNK
+    chunks = (x[:, :-rest] if rest else x).view(len(x), -1, _CHUNK).sum(2)
+    if rest:
+        chunks = torch.cat([chunks, x[:, -rest:].sum(1, keepdim=True)], 1)
     empty = num_chunks(x.shape[1], x.dtype) - chunks.shape[1]
     return F.pad(chunks, (0, empty)) if empty else chunks
 
