@@ -23,6 +23,7 @@ from xent_metrics import _runtime
 from xent_metrics._intervals import device_margin, device_stderr, exact_margin, exact_stderr
 from xent_metrics._rounding import Unit, exp, in_unit, nonfinite_sum
 from xent_metrics.losses.mistakes import CLASS_TARGETS, MISTAKES, counted_mistake
+from xent_metrics.tally.limbs import FRACTION_BITS
 from xent_metrics.tally.tally import TARGET_COUNTS, GroupTally, GroupTotals, Tally, Totals
 
 NanPolicy = Literal["propagate", "omit", "raise"]
@@ -45,6 +46,9 @@ _IF_COUNTED = {
     for policy, own in _NONFINITE_ADD.items()
 }
 _IF_NOT_COUNTED = [math.nan if name == "scored" else 0.0 for name in TARGET_COUNTS]
+
+# Limbs wrap at 2**127 nats. What is read is infinite long before, where no sum of real losses gets to.
+_SUM_LIMIT = 2 ** (110 + FRACTION_BITS)
 
 Value = TypeVar("Value")
 Count = TypeVar("Count")
@@ -168,7 +172,7 @@ class ExactReading(Reading[float, int]):
         if totals.nonfinite and self.nan_policy == "propagate":
             return nonfinite_sum(totals.positive_infinite, totals.negative_infinite, totals.nan)
         # The weight of no targets may be positive: bytes that were given for a text of which nothing was scored.
-        return Fraction(totals.loss, totals.weight) if totals.weight and totals.scored else math.nan
+        return _ratio(totals.loss, totals.weight) if totals.weight and totals.scored else math.nan
 
     def in_unit(self, unit: Unit) -> float:
         """Return the cross-entropy in nats or in bits."""
@@ -223,7 +227,7 @@ class GroupReading(Reading[list[float], list[int]]):
         self.require_finite()
         totals, propagates = self.totals, self.nan_policy == "propagate"
         return [
-            nonfinite_sum(*bad) if propagates and any(bad) else Fraction(loss, weight) if weight else math.nan
+            nonfinite_sum(*bad) if propagates and any(bad) else _ratio(loss, weight) if weight else math.nan
             for loss, weight, bad in zip(totals.loss, totals.weight, totals.nonfinite, strict=True)
         ]
 
@@ -323,6 +327,11 @@ class DeviceReading(Reading[Tensor, Tensor]):
     def _count(self, name: str) -> Tensor:
         counts = self.tally.target_counts()
         return counts[-len(_NONFINITE) :].sum(0) if name == "nonfinite" else counts[TARGET_COUNTS.index(name)]
+
+
+def _ratio(loss: int, weight: int) -> Fraction | float:
+    """Return a sum of losses over one of weights; an infinity if the former is too large to be trusted."""
+    return Fraction(loss, weight) if abs(loss) < _SUM_LIMIT else math.copysign(math.inf, loss)
 
 
 def macro_mean(values: list[float]) -> float:

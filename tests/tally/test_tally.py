@@ -18,7 +18,7 @@ from tests.strategies import UNIT, UNSUMMED, Batch, batches, partitions, relaxed
 from xent_metrics import GroupTally, Tally, functional
 from xent_metrics.losses import TargetLosses
 from xent_metrics.losses.target_losses import IGNORED, LIMIT, TARGET_OUT_OF_RANGE
-from xent_metrics.readings import ExactReading
+from xent_metrics.readings import ExactReading, GroupReading
 from xent_metrics.tally import tally_groups, tally_losses, tally_mean
 from xent_metrics.tally.limbs import NUM_LIMBS
 
@@ -249,11 +249,26 @@ def test_totals_just_below_the_bound(sign: int) -> None:
 
         assert tally.totals().loss == units(largest) << doubling
         assert tally.totals().scored == tally.totals().sequences == 1 << doubling
-    reading = ExactReading(tally.totals())
-
-    assert reading.cross_entropy == largest
     assert (tally + Tally(-tally.state)).totals() == Tally.zero().totals()
     assert (tally + tally).totals().loss == (units(largest) << 34) - sign * 2 ** (128 + 64)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sum_of_2_to_110_nats_reads_as_infinite(sign: int) -> None:
+    """One just below it is exact; one that has wrapped is infinite too, of whichever sign."""
+    tally = tally_of(torch.tensor([sign * 2.0**93], dtype=torch.float64))
+    below = times(tally, 2**17 - 1)
+    assert ExactReading(below.totals()).cross_entropy == sign * 2.0**93
+    for number in (2**17, 2**33, 2**34 - 1):
+        reading = ExactReading(times(tally, number).totals())
+        assert reading.cross_entropy == sign * math.inf
+        assert math.isnan(reading.cross_entropy_stderr)
+    wrapped = times(tally, 2**34 + 2**33)
+    assert math.isinf(ExactReading(wrapped.totals()).cross_entropy)
+    groups = tally_groups(TargetLosses(torch.tensor([[sign * 2.0**93, 1.0]])), torch.tensor([[0, 1]]), 2)
+    for _ in range(17):
+        groups = groups + groups
+    assert GroupReading(groups.totals()).in_unit("nats") == [sign * math.inf, 1.0]
 
 
 @pytest.mark.parametrize("loss", [2.0**26 - 2.0**-26, -(2.0**26) + 2.0**-26, -(2.0**-64), 2.0**60])
