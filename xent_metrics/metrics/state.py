@@ -13,7 +13,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from xent_metrics import _runtime
 from xent_metrics._validate import check_has_values, describe
-from xent_metrics.distributed import check_group_of_ranks, place_among_ranks, sum_alike_over_ranks
+from xent_metrics.distributed import check_group_of_ranks, place_among_ranks
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.atomic import AtomicMetric, atomic
 from xent_metrics.metrics.saved_state import (
@@ -26,7 +26,7 @@ from xent_metrics.metrics.saved_state import (
     unpack,
 )
 from xent_metrics.readings import NanPolicy
-from xent_metrics.tally import GroupTally, Tally
+from xent_metrics.tally import GroupTally, Tally, sum_tallies_over_ranks
 
 SAVED_AS = "tally"
 """The key of a state in a `state_dict`."""
@@ -121,13 +121,13 @@ class TallyState(AtomicMetric):
         if dist_sync_fn is not gather_all_tensors:
             super()._sync_dist(dist_sync_fn, process_group)
             return
-        state = self.tally.state
-        total = sum_alike_over_ranks(state.flatten(), self.about(), process_group or self.process_group)
-        self._keep(self._tally_type(total.view_as(state)))
-        every = self._reductions
-        self._reductions = {name: reduction for name, reduction in every.items() if name != self._state_name}
-        super()._sync_dist(dist_sync_fn, process_group)  # What a subclass has added.
-        self._reductions = every
+        [total] = sum_tallies_over_ranks([self.tally], self.about(), process_group or self.process_group)
+        self._keep(total)
+        if len(self._defaults) > 1:  # A subclass has added states.
+            every = self._reductions
+            self._reductions = {name: reduction for name, reduction in every.items() if name != self._state_name}
+            super()._sync_dist(dist_sync_fn, process_group)
+            self._reductions = every
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add the tally of another metric that is configured alike, or what its `metric_state` or `state_dict` was.
