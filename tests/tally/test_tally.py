@@ -241,7 +241,7 @@ def test_large_batches_split_anywhere() -> None:
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_totals_just_below_the_bound(sign: int) -> None:
-    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign; then they wrap."""
+    """Sums may come as close to `2**127` nats as `2**33` of the largest losses do, of either sign; then they stay."""
     largest = sign * math.nextafter(LIMIT, 0.0)
     tally = tally_of(torch.tensor([largest], dtype=torch.float64))
     for doubling in range(1, 34):
@@ -250,21 +250,24 @@ def test_totals_just_below_the_bound(sign: int) -> None:
         assert tally.totals().loss == units(largest) << doubling
         assert tally.totals().scored == tally.totals().sequences == 1 << doubling
     assert (tally + Tally(-tally.state)).totals() == Tally.zero().totals()
-    assert (tally + tally).totals().loss == (units(largest) << 34) - sign * 2 ** (128 + 64)
+    assert (tally + tally).totals().loss == sign * (2 ** (127 + 64) - 1)
+    stacked = Tally.stack(tally, tally)  # Where nothing is read, they wrap.
+    assert (stacked + stacked).unbind()[0].totals().loss == (units(largest) << 34) - sign * 2 ** (128 + 64)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_sum_of_2_to_110_nats_reads_as_infinite(sign: int) -> None:
-    """One just below it is exact; one that has wrapped is infinite too, of whichever sign."""
+    """One just below it is exact; one that is larger than its limbs stays so; one that has wrapped is infinite too."""
     tally = tally_of(torch.tensor([sign * 2.0**93], dtype=torch.float64))
     below = times(tally, 2**17 - 1)
     assert ExactReading(below.totals()).cross_entropy == sign * 2.0**93
-    for number in (2**17, 2**33, 2**34 - 1):
+    for number in (2**17, 2**33, 2**34 - 1, 2**35, 2**40 + 1):
         reading = ExactReading(times(tally, number).totals())
         assert reading.cross_entropy == sign * math.inf
         assert math.isnan(reading.cross_entropy_stderr)
-    wrapped = times(tally, 2**34 + 2**33)
-    assert math.isinf(ExactReading(wrapped.totals()).cross_entropy)
+    large = times(tally, 3 * 2**32)
+    wrapped = Tally.stack(large, large) + Tally.stack(large, large)
+    assert math.isinf(ExactReading(wrapped.unbind()[0].totals()).cross_entropy)
     groups = tally_groups(TargetLosses(torch.tensor([[sign * 2.0**93, 1.0]])), torch.tensor([[0, 1]]), 2)
     for _ in range(17):
         groups = groups + groups

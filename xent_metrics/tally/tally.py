@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -24,7 +25,16 @@ from torch import Tensor
 from xent_metrics import _runtime
 from xent_metrics._validate import describe
 from xent_metrics.distributed import is_distributed, sum_alike_over_ranks
-from xent_metrics.tally.limbs import FRACTION_BITS, NUM_LIMBS, normalise_in_place, to_float, to_int, to_limbs, units_of
+from xent_metrics.tally.limbs import (
+    FRACTION_BITS,
+    LIMB_BITS,
+    NUM_LIMBS,
+    normalise_in_place,
+    to_float,
+    to_int,
+    to_limbs,
+    units_of,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,6 +58,8 @@ GROUP_SIZE = 2 * NUM_LIMBS + len(TARGET_COUNTS)
 SEQUENCE_BITS = 36
 """A sequence's loss and weight are squared in units of `2**-SEQUENCE_BITS`, so that their products are integers."""
 
+
+_GREATEST = 2 ** (LIMB_BITS * (NUM_LIMBS - 1) + 63) - 1  # The limbs of a sum hold no more.
 
 UNITS = units_of([2.0**-FRACTION_BITS] * 2 + [2.0 ** (-2 * SEQUENCE_BITS)] * 3)
 GROUP_UNITS = UNITS[:2]
@@ -96,11 +108,12 @@ class Tally:
     def __add__(self, other: Tally) -> Tally:
         """Return the tally of both sets of targets, in canonical form."""
         _check_addend(self, other)
+        if self.state.dim() == 1 and _runtime.can_read_values(self.state):  # Integers are faster than operators here.
+            numbers = [*map(add, self.state.tolist(), other.state.tolist())]
+            sums = (to_int(numbers[i : i + NUM_LIMBS]) for i in range(0, NUM_SUM_LIMBS, NUM_LIMBS))
+            limbs = (to_limbs(x if -_GREATEST < x < _GREATEST else _GREATEST if x > 0 else -_GREATEST) for x in sums)
+            return Tally.of([*chain.from_iterable(limbs), *numbers[NUM_SUM_LIMBS:]])
         state = self.state + other.state
-        if state.dim() == 1 and _runtime.can_read_values(state):  # Python integers are faster than operators here.
-            numbers: list[int] = state.tolist()
-            sums = (to_limbs(to_int(numbers[i : i + NUM_LIMBS])) for i in range(0, NUM_SUM_LIMBS, NUM_LIMBS))
-            return Tally.of([*chain.from_iterable(sums), *numbers[NUM_SUM_LIMBS:]])
         normalise_in_place(state[..., :NUM_SUM_LIMBS].unflatten(-1, (len(SUMS), NUM_LIMBS)))
         return Tally(state)
 
