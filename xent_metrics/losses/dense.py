@@ -110,9 +110,15 @@ def _score_hard(
     smoothing = options.smoothing(num_classes)
     constants: dict[str, Any] = {"input": options.input, "eps": options.eps}
     reader = RowReader(preds, None, options, scored)
-    wanted = {"accuracy": options.accuracy, "entropy": options.entropy}
+    tells_later = options.input == "logits" and _runtime.can_read_values(index)  # See `are_most_likely`.
     reduction = Reduction(
-        kernels.sum_hard, reader, temporaries=options.entropy, smooth=smoothing > 0, **wanted, **constants
+        kernels.sum_hard,
+        reader,
+        temporaries=options.entropy,
+        smooth=smoothing > 0,
+        find_best=options.accuracy and not tells_later,
+        entropy=options.entropy,
+        **constants,
     )
     for rows, (scores,) in reader.groups():
         sums = RowSums(*reduction([scores], class_weight))

@@ -44,8 +44,7 @@ class RowSums(NamedTuple):
         top: The largest logit, where it was needed.
         of_all: The sum over classes of coefficient times logarithm, of logits relative to `top`; None if there is none.
         improper: Whether a probability is outside [0, 1]; None for other input.
-        best: The class of the largest score, the lowest of several; None if it is not wanted, or `are_most_likely`
-            finds out for less.
+        best: The class of the largest score, the lowest of several; None if it is not wanted.
         x_log_x: The sum over classes of x ln x, of probabilities, or of exponentials relative to anything; None if no
             entropy is wanted.
     """
@@ -82,7 +81,7 @@ def sum_hard(
     input: Input,
     eps: float | None,
     smooth: bool,
-    accuracy: bool = False,
+    find_best: bool = False,
     entropy: bool = False,
 ) -> Results:
     """Return the `RowSums` of each row for a target that is a class.
@@ -94,11 +93,10 @@ def sum_hard(
         input: What the scores are.
         eps: Where to clip probabilities.
         smooth: Whether the sum over all classes is wanted.
-        accuracy: Whether the most likely class is wanted.
+        find_best: Whether the most likely class is wanted.
         entropy: Whether what an entropy is made of is wanted.
     """
-    can_look_later = input == "logits" and _runtime.can_read_values(scores)
-    best = scores.argmax(1) if accuracy and not can_look_later else None
+    best = scores.argmax(1) if find_best else None
     exponentials, top, x_log_x = _first_sums(scores, buffer, input, eps, entropy)
     of_all = None
     if smooth:
@@ -183,14 +181,15 @@ def log_sums(scores: Tensor, sums: RowSums) -> tuple[Tensor, Tensor]:
 def are_most_likely(scores: Tensor, index: Tensor, sums: RowSums) -> Tensor:
     """Return whether the class of each row is the most likely one, the lowest of several.
 
-    On the CPU `argmax` takes as long as all exponentials. So rows are looked at again only where what is left of them
-    does not tell: no class of a chunk is more likely than all of the chunk.
+    On the CPU `argmax` takes as long as all exponentials. So there `RowSums` of logits need no `best`, and rows are
+    looked at again only where what is left of them does not tell: no class of a chunk is more likely than all of it.
     """
     if sums.best is not None:
         return sums.best == index
     assert sums.exponentials is not None
     of_target = scores.gather(1, index.unsqueeze(1)).squeeze(1)
-    if sums.top is not None:
+    if sums.exponentials.dim() == 1:
+        assert sums.top is not None
         is_hit, is_miss = torch.zeros_like(index, dtype=torch.bool), of_target < sums.top
     else:
         greatest, where, terms = _likely_chunk(scores, sums.exponentials)
@@ -345,8 +344,7 @@ def _first_sums(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return `exponentials`, `top` and `x_log_x` of `RowSums`."""
     if input == "logits":
-        exponentials, top, terms = _exponentials(scores, buffer)
-        return exponentials, top, _sum_of_x_log_x(terms) if entropy else None
+        return _exponentials(scores, buffer, entropy)
     if not entropy:
         return None, None, None
     probs = _copied(scores, buffer, score_dtype(scores))
@@ -363,21 +361,22 @@ def _sum_of_x_log_x(x: Tensor) -> Tensor:
     return _sum(x.log().mul_(x))
 
 
-def _exponentials(logits: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return `RowSums.exponentials`, the largest logit of each row where it was needed, and the exponentials."""
+def _exponentials(logits: Tensor, buffer: Tensor | None, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return `exponentials`, `top` and `x_log_x` of `RowSums`, of logits."""
     dtype = score_dtype(logits)
     chunked = num_chunks(logits.shape[1], dtype) > 0
     if chunked and buffer is not None and _runtime.can_read_values(logits):
         # One pass, the fastest there is on the CPU. By what it divides is as good as any, as long as it is one number.
         wide = logits if logits.dtype == dtype else buffer.copy_(logits)
         terms = torch.softmax(wide, 1, out=buffer)
-        return _sum_chunks(terms), None, terms
+        return _sum_chunks(terms), None, _sum_of_x_log_x(terms) if entropy else None
     top = logits.amax(1)
     relative = torch.sub(logits.to(dtype), top.to(dtype).unsqueeze(1), out=buffer)
-    if _runtime.can_read_values(relative):  # `exp` takes a hundred times as long on the CPU where it is all but 0.
+    # `exp` takes a hundred times as long on the CPU where it is all but 0; and an entropy must not get 0 * -inf.
+    if entropy or _runtime.can_read_values(relative):
         relative.clamp_(min=_NEGLIGIBLE)
-    terms = relative.exp_()
-    return (_sum_chunks if chunked else _sum)(terms), top, terms
+    terms = relative.exp() if entropy else relative.exp_()
+    return (_sum_chunks if chunked else _sum)(terms), top, _sum(relative.mul_(terms)) if entropy else None
 
 
 def _logarithms(
