@@ -6,7 +6,7 @@ the reading is in `state.py`. A subclass names the function that tallies a batch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from itertools import takewhile
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from xent_metrics.losses.mistakes import CLASS_TARGETS
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.atomic import atomic
 from xent_metrics.metrics.other_names import check_names
+from xent_metrics.metrics.plot import plot_values
 from xent_metrics.metrics.state import TallyState
 from xent_metrics.metrics.transforms import outside_transforms
 from xent_metrics.readings import DeviceReading, NanPolicy, Reading, check_reading, read_exactly
@@ -59,6 +60,10 @@ class TallyMetric(TallyState):
     __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "tally"]
 
     _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
+    _QUANTITY, _UNIT = (
+        "cross-entropy",
+        "nats",
+    )  # On the axis of a plot; "" for no unit.
     _NUM_POSITIONAL = 2  # Arguments of an update: predictions, then targets.
     _overridden: ClassVar[dict[str, type]] = {}  # What classes outside the library define, and which one does.
     _own: ClassVar[frozenset[str]] = frozenset(_PARTS)  # Which of `update` and `compute` they leave alone.
@@ -172,8 +177,27 @@ class TallyMetric(TallyState):
         return self._read(*(read_exactly(part, *rules) for part in parts))
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot `val`, one value or several from `forward` or `compute`, or the present value, with matplotlib."""
-        return self._plot(val, ax)
+        """Draw values with matplotlib, on an axis with their unit, and return figure and axes.
+
+        Intervals are bands. Of readings with intervals, the first one is drawn, which is the one in nats.
+
+        Args:
+            val: What `forward` or `compute` returned, or a list of that, each a step; None for the present value.
+            ax: Where to draw; None for a new figure.
+
+        Raises:
+            TypeError: If `val` is neither.
+        """
+        return self._plot_values(val, ax)
+
+    def _plot_values(self, val: Any, ax: Any, group_names: Sequence[str] | None = None) -> Any:
+        unit = getattr(self, "unit", self._UNIT)
+        label = f"{self._QUANTITY} ({unit} per target)" if unit else self._QUANTITY
+        values = self.compute() if val is None else val
+        is_difference = self.plot_lower_bound is None
+        return plot_values(
+            values, ax, label=label, confidence=self.confidence, group_names=group_names, has_zero=is_difference
+        )
 
     def _wrap_update(self, update: Callable[..., None]) -> Callable[..., None]:
         if "update" not in self._own:

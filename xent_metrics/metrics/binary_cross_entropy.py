@@ -84,6 +84,7 @@ class BinaryCrossEntropy(TallyMetric):
     tensor(2.0715, dtype=torch.float64)
     """
 
+    _QUANTITY, _UNIT = "binary cross-entropy", "nats"
     _TARGETS = "0 and 1, or soft labels between them"
     _tally_function = staticmethod(tally_binary)
 

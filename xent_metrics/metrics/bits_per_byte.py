@@ -111,6 +111,7 @@ class BitsPerByte(TallyMetric):
     tensor(1.8000, dtype=torch.float64)
     """
 
+    _QUANTITY, _UNIT = "bits per byte", ""
     _TARGETS = "class indices in [0, number of classes), for which `token_bytes` has an entry"
     _WEIGHTS = "`weight` (or `num_bytes`)"
     _tally_function = staticmethod(tally_per_byte)

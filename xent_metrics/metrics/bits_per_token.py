@@ -59,6 +59,8 @@ class BitsPerToken(CrossEntropyMetric):
     tensor(3.0000, dtype=torch.float64)
     """
 
+    _QUANTITY, _UNIT = "bits per token", ""
+
     def __init__(
         self,
         *,

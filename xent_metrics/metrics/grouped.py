@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -160,6 +160,20 @@ class GroupedCrossEntropy(TallyMetric):
                 was.
         """
         self._add_batch(preds, target, group=group, weight=weight)
+
+    def plot(self, val: Any = None, ax: Any = None, *, group_names: Sequence[str] | None = None) -> Any:
+        """Draw the value of each group with matplotlib, or for several steps a curve for each group.
+
+        Args:
+            val: What `forward` or `compute` returned, or a list of that, each a step; None for the present value.
+            ax: Where to draw; None for a new figure.
+            group_names: A name for each group; None numbers them.
+
+        Raises:
+            TypeError: If `val` is neither.
+            ValueError: If a group has no name of its own.
+        """
+        return self._plot_values(val, ax, group_names)
 
     def _wrap_compute(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         squeezed = super()._wrap_compute(compute)  # torchmetrics makes a scalar of the value of a single group.

@@ -127,6 +127,7 @@ class NormalizedCrossEntropy(LossMetric):
     tensor(1.0000, dtype=torch.float64)
     """
 
+    _QUANTITY, _UNIT = "cross-entropy over that of the base rate", ""
     _tally_function = staticmethod(tally_by_class)
 
     def __init__(

@@ -62,6 +62,7 @@ class Perplexity(CrossEntropyMetric):
     tensor(8.0000, dtype=torch.float64)
     """
 
+    _QUANTITY, _UNIT = "perplexity", ""
     plot_lower_bound = READINGS["perplexity"].lower
 
     def __init__(
