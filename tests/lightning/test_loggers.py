@@ -8,12 +8,16 @@ import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlparse
 
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.lightning.fits import (
     NUM_TRAIN,
@@ -29,60 +33,89 @@ from tests.lightning.fits import (
 )
 from tests.lightning.monitored import NAMES as READINGS
 from tests.lightning.monitored import NUM_BYTES
-from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning import CrossEntropyMonitor, dashboards
+from xent_metrics.pictures import draw_validation
 from xent_metrics.tags import parse_tag
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no:UserWarning"),
     pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning"),
 ]
-Reader = Callable[[], Points]
 
 
-def mlflow_at(uri: str, patch: pytest.MonkeyPatch) -> tuple[MLFlowLogger, Reader]:
-    """Return a logger that keeps runs at an address, and what reads them back."""
+class Kept(NamedTuple):
+    """What a logger keeps by tag: values, pictures and pages, with their steps; MLflow's pages have none."""
+
+    points: Points
+    pictures: dict[str, list[tuple[int, bytes]]]
+    pages: dict[str, list[tuple[int | None, str]]]
+
+
+Reader = Callable[[], Kept]
+
+
+def mlflow_at(uri: str, folder: Path, patch: pytest.MonkeyPatch) -> tuple[MLFlowLogger, Reader]:
+    """Return a logger that keeps runs at an address and files in a folder, and what reads them back."""
     mlflow = pytest.importorskip("mlflow", reason="MLflow is not installed")
     patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # It would rather have a database.
-    logger = MLFlowLogger("tests", tracking_uri=uri)
+    logger = MLFlowLogger("tests", tracking_uri=uri, artifact_location=folder.as_uri())
 
-    def read() -> Points:
+    def read() -> Kept:
         client = mlflow.MlflowClient(uri)
-        tags = client.get_run(logger.run_id).data.metrics
-        return {tag: [(x.step, x.value) for x in client.get_metric_history(logger.run_id, tag)] for tag in tags}
+        run = client.get_run(logger.run_id)
+        points = {
+            tag: [(x.step, x.value) for x in client.get_metric_history(logger.run_id, tag)] for tag in run.data.metrics
+        }
+        files = Path(unquote(urlparse(run.info.artifact_uri).path))
+        pictures: dict[str, list[tuple[int, bytes]]] = {}
+        for path in files.glob("images/*.png"):
+            tag, step = re.fullmatch(r"(.+?)[+%]step[+%](\d+)[+%].*", path.name).groups()
+            pictures.setdefault(re.sub("[~#]", "/", tag), []).append((int(step), path.read_bytes()))
+        pages = {str(path.relative_to(files)): [(None, path.read_text())] for path in files.rglob("*.html")}
+        return Kept(points, pictures, {name.removesuffix(".html"): page for name, page in pages.items()})
 
     return logger, read
 
 
 def mlflow_files(folder: Path, patch: pytest.MonkeyPatch) -> tuple[MLFlowLogger, Reader]:
     """MLflow keeps a file for each tag."""
-    return mlflow_at((folder / "mlruns").as_uri(), patch)
+    return mlflow_at((folder / "mlruns").as_uri(), folder / "artifacts", patch)
 
 
 def mlflow_database(folder: Path, patch: pytest.MonkeyPatch) -> tuple[MLFlowLogger, Reader]:
     """MLflow keeps a row for each value."""
     for package in ("sqlalchemy", "alembic"):
         pytest.importorskip(package, reason="MLflow's database needs SQLAlchemy and Alembic")
-    return mlflow_at(f"sqlite:///{folder}/runs.db", patch)
+    return mlflow_at(f"sqlite:///{folder}/runs.db", folder / "artifacts", patch)
 
 
 def wandb_offline(folder: Path, patch: pytest.MonkeyPatch) -> tuple[WandbLogger, Reader]:
-    """Weights & Biases keeps a file of records until somebody uploads it."""
+    """Weights & Biases keeps a file of records until somebody uploads it, and others that it names."""
     wandb = pytest.importorskip("wandb", reason="Weights & Biases is not installed")
     from wandb.proto.wandb_internal_pb2 import Record  # noqa: PLC0415
 
     logger = WandbLogger(save_dir=folder, offline=True)
 
-    def read() -> Points:
+    def read() -> Kept:
         wandb.teardown()  # Then the file is complete.
         [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
-        points: Points = {}
+        kept = Kept({}, {}, {})
         for record in map(Record.FromString, records_of_wandb(path.read_bytes())):
-            row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            row: dict[str, Any] = {}
+            for item in record.history.item:
+                tag, *inner = item.nested_key or [item.key]
+                (row.setdefault(tag, {}) if inner else row)["/".join(inner) or tag] = json.loads(item.value_json)
             step = row.pop("trainer/global_step", None)
             for tag, value in row.items():
-                if not tag.startswith("_"):
-                    points.setdefault(tag, []).append((step, float(value)))
-        return points
+                if isinstance(value, dict) and value["_type"] == "html-file":
+                    page = (path.parent / "files" / value["path"]).read_text()
+                    kept.pages.setdefault(tag, []).append((step, page))
+                elif isinstance(value, dict):
+                    [name] = value["filenames"]
+                    kept.pictures.setdefault(tag, []).append((step, (path.parent / "files" / name).read_bytes()))
+                elif not tag.startswith("_"):
+                    kept.points.setdefault(tag, []).append((step, float(value)))
+        return kept
 
     return logger, read
 
@@ -106,13 +139,26 @@ def records_of_wandb(data: bytes) -> Iterator[bytes]:
 def csv(folder: Path, patch: pytest.MonkeyPatch) -> tuple[CSVLogger, Reader]:
     """Lightning keeps a table."""
     logger = CSVLogger(folder)
-    return logger, lambda: points_of_csv(logger.log_dir)
+    return logger, lambda: Kept(points_of_csv(logger.log_dir), {}, {})
 
 
 def tensorboard(folder: Path, patch: pytest.MonkeyPatch) -> tuple[TensorBoardLogger, Reader]:
     """TensorBoard keeps events."""
     logger = TensorBoardLogger(folder)
-    return logger, lambda: points_of_events(logger.log_dir)
+
+    def read() -> Kept:
+        events = EventAccumulator(logger.log_dir).Reload()
+        images = {
+            tag: [(x.step, x.encoded_image_string) for x in events.Images(tag)] for tag in events.Tags()["images"]
+        }
+        texts = {tag: events.Tensors(tag) for tag in events.Tags()["tensors"] if tag.endswith("/text_summary")}
+        pages = {
+            tag.removesuffix("/text_summary"): [(x.step, x.tensor_proto.string_val[0].decode()) for x in text]
+            for tag, text in texts.items()
+        }
+        return Kept(points_of_events(logger.log_dir), images, pages)
+
+    return logger, read
 
 
 class Seen(Callback):
@@ -128,19 +174,30 @@ class Seen(Callback):
                     self.values.setdefault(tag, []).append(value.item())
 
 
+def pixels(png: bytes) -> Any:
+    """Return a picture without how it was compressed."""
+    image = Image.open(BytesIO(png)).convert("RGB")
+    return image.size, image.tobytes()
+
+
 @pytest.mark.parametrize(
     "make",
     [csv, tensorboard, mlflow_files, pytest.param(mlflow_database, marks=pytest.mark.slow), wandb_offline],
 )
-def test_every_logger_keeps_every_value_of_every_kind_of_tag(tmp_path, monkeypatch, make) -> None:
-    """Groups, loaders, bytes, a second monitor: with the values that callbacks see, and no tag a folder of another."""
+def test_every_logger_keeps_everything_that_it_can(tmp_path, monkeypatch, make) -> None:
+    """Every value of groups, loaders, bytes, a second monitor, as callbacks see it; the pictures and the pages of text.
+
+    No tag is a folder of another.
+    """
+    drawn: list[dict[str, bytes]] = []
+    monkeypatch.setattr(dashboards, "draw_validation", lambda *args: drawn.append(draw_validation(*args)) or drawn[-1])
     logger, read = make(tmp_path, monkeypatch)
     options = {"groups": ["even", "odd"], "token_bytes": NUM_BYTES}
-    monitors = CrossEntropyMonitor(**options), CrossEntropyMonitor(second_head_with_group, prefix="b/", **options)
-    seen = Seen()
+    second = CrossEntropyMonitor(second_head_with_group, prefix="b/", dashboards=["summary"], **options)
+    monitors, seen = (CrossEntropyMonitor(dashboards=["pictures", "summary"], **options), second), Seen()
     trainer = make_trainer(tmp_path, *monitors, seen, logger=logger)
     trainer.fit(Model(adapt=with_all), ragged_loader(NUM_TRAIN), [ragged_loader(3), ragged_loader(2, seed=2)])
-    points = read()
+    points, pictures, pages = read()
     ours = {tag for tag in points if parse_tag(tag.removeprefix("b/"))}
     assert set(points) - ours == {"epoch"}
     assert not [tag for tag in ours for other in ours if other.startswith(f"{tag}/")]
@@ -153,6 +210,20 @@ def test_every_logger_keeps_every_value_of_every_kind_of_tag(tmp_path, monkeypat
         assert [value for _, value in points[tag]] == pytest.approx(shown, rel=1e-6, nan_ok=True), tag
     for tag in ("train/cross_entropy", "b/train_by_group/bits_per_byte/even"):
         assert [step for step, _ in points[tag]] == list(range(1, 14, 2))
+
+    if make is csv:
+        assert drawn == []
+        return
+    assert [len(each) for each in drawn] == [3, 4]  # One validation is no curve.
+    expected = {f"val/{name}": [] for name in drawn[1]}
+    for step, each in zip((6, 13), drawn, strict=True):
+        for name, png in each.items():
+            expected[f"val/{name}"].append((step, pixels(png)))
+    assert {tag: [(step, pixels(png)) for step, png in sorted(each)] for tag, each in pictures.items()} == expected
+    assert set(pages) == {"summary", "b/summary"}
+    for tag, [(step, page)] in pages.items():
+        assert step == (None if make in (mlflow_files, mlflow_database) else 13)
+        assert f"<td><code>{tag.removesuffix('summary')}val/cross_entropy</code></td>" in page
 
 
 def second_head_with_group(outputs: dict[str, Any], batch: Any) -> dict[str, Any]:

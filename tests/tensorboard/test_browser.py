@@ -19,7 +19,7 @@ from torch.utils.tensorboard.summary import hparams
 from tests import browser
 from tests.browser import Chart, Dashboard, Picture, Scalar, open_tensorboard, serve, start_chromium
 from tests.tensorboard.texts import TEXTS
-from xent_metrics.tensorboard import summarise
+from xent_metrics.summary import summarise
 
 try:
     browser.find_chromium()

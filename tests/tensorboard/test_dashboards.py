@@ -27,17 +27,17 @@ from tests.browser import serve
 from tests.tensorboard.texts import TEXTS, UNPRINTABLE
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.lightning.dashboards import Dashboards
+from xent_metrics.pictures import validation
+from xent_metrics.pictures.figures import draw_interval
+from xent_metrics.summary import summarise
 from xent_metrics.tags import Tag
 from xent_metrics.tensorboard import (
     add_layout,
     build_layout,
-    dashboard,
     describe_tag,
     merge_layouts,
     read_layout,
-    summarise,
 )
-from xent_metrics.tensorboard.figures import draw_interval
 from xent_metrics.validation_stats import ValidationPoint, ValidationStats
 
 pytestmark = [
@@ -498,7 +498,7 @@ def test_pictures_show_the_bits_that_are_logged(tmp_path, monkeypatch) -> None:
     drawn: list[tuple[Any, str]] = []
     picture = draw_interval
     monkeypatch.setattr(
-        dashboard, "draw_interval", lambda *args: drawn.append((args[0].copy(), args[1])) or picture(*args)
+        validation, "draw_interval", lambda *args: drawn.append((args[0].copy(), args[1])) or picture(*args)
     )
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=2)
     [(history, title)] = drawn
@@ -510,16 +510,17 @@ def test_pictures_show_the_bits_that_are_logged(tmp_path, monkeypatch) -> None:
     assert f"{bits[-1]:.3f} bits a target" in title
 
 
-def test_the_picture_of_all_validations_thins_them_out(tmp_path) -> None:
+def test_the_picture_of_all_validations_thins_them_out(tmp_path, monkeypatch) -> None:
     """Of a thousand and more it shows some hundred, from the first to the last."""
     histories = []
 
-    class Recorder:
-        def draw(self, stats: Any, history: list[ValidationPoint], *_: Any) -> None:
-            histories.append([point.step for point in history])
+    def draw(stats: Any, history: list[ValidationPoint], *_: Any) -> dict[str, bytes]:
+        histories.append([point.step for point in history])
+        return {}
 
+    monkeypatch.setattr("xent_metrics.lightning.dashboards.draw_validation", draw)
     dashboards = Dashboards(("pictures",), READINGS, (), "")
-    dashboards._dashboards = [Recorder()]
+    dashboards.attach([TensorBoardLogger(tmp_path)], writes=True, has_hparams=False)
     stats = ValidationStats(torch.device("cpu"), counts_classes=False)
     for step in range(1500):
         dashboards.add_validation(stats, ValidationPoint(step, 1.0, 0.5, 1.5), None, None, draw_now=step == 1499)
@@ -636,8 +637,8 @@ def test_the_page_pairs_a_value_with_its_own_interval(tmp_path) -> None:
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=Shrinking(), max_epochs=2)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
-    [row] = [line for line in page.splitlines() if line.startswith("| `val/cross_entropy`")]
-    assert row.endswith("|  |")
+    [row] = [line for line in page.splitlines() if "<code>val/cross_entropy</code>" in line]
+    assert row.endswith("<td></td></tr>")
 
 
 def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
@@ -645,7 +646,7 @@ def test_an_interval_on_the_page_is_in_the_unit_of_its_value() -> None:
     values = {"cross_entropy": 2.0, "bits_per_token": 2.0 / math.log(2), "perplexity": math.exp(2.0)}
     ends = {"cross_entropy_lower": 1.5, "cross_entropy_upper": 2.5, "perplexity_lower": 4.0, "perplexity_upper": 12.0}
     page = summarise({}, {f"x/val/{name}": value for name, value in (values | ends).items()}, {}, prefix="x/")
-    rows = [[cell.strip("` ") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "x/val" in line]
+    rows = [re.findall(r"<td>(?:<code>)?([^<]*)", line) for line in page.splitlines() if "x/val" in line]
     assert rows == [
         ["x/val/cross_entropy", "2", "1.5 to 2.5"],
         ["x/val/bits_per_token", "2.88539", f"{1.5 / math.log(2):.6g} to {2.5 / math.log(2):.6g}"],
@@ -743,7 +744,7 @@ def test_a_sanity_check_is_no_validation_of_the_page(tmp_path) -> None:
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), **kwargs)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     page = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| the last validation | 0 | 0 | 0 |" in page
+    assert "<td>the last validation</td><td>0</td><td>0</td><td>0</td>" in page
 
 
 @pytest.mark.slow

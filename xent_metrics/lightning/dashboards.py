@@ -1,4 +1,6 @@
-"""When a monitor writes to TensorBoard beside its values, and on which rank; `xent_metrics.tensorboard` writes.
+"""What a monitor writes to loggers beside its values, when, and on which rank.
+
+TensorBoard gets all of it, by `xent_metrics.tensorboard`; others get pictures and the page of text, if they take such.
 
 Only the first rank has files to write to. The others take part in gathering what is drawn, so whatever decides whether
 ranks meet in a collective is the same on all of them.
@@ -16,7 +18,10 @@ import torch
 from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
+from xent_metrics.lightning.media import Media, find_media, prefix_of_logger
 from xent_metrics.lightning.trainer import flatten
+from xent_metrics.pictures import draw_validation
+from xent_metrics.summary import summarise
 from xent_metrics.tags import UNIFORM, UNIGRAM, as_choices
 from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats, unigram_bits
 
@@ -26,7 +31,7 @@ if TYPE_CHECKING:
     from xent_metrics.tensorboard import Dashboard
 
 Part = Literal["layout", "descriptions", "references", "hparams", "pictures", "summary", "overlay"]
-"""A part of what is written to TensorBoard beside the values."""
+"""A part of what is written beside the values."""
 
 DEFAULT_PARTS: tuple[Part, ...] = ("layout", "descriptions", "references", "hparams", "pictures", "summary")
 
@@ -35,7 +40,7 @@ _WINDOWS_PER_REFERENCE = 8  # A chart leaves out lines with fewer than a twentie
 
 
 class Dashboards:
-    """A `Dashboard` for each TensorBoard logger of a Trainer on the first rank; none on the other ranks.
+    """A `Dashboard` or another `Media` for each logger of a Trainer on the first rank; none on the other ranks.
 
     Args:
         parts: The parts to write.
@@ -50,6 +55,8 @@ class Dashboards:
         self._prefix = prefix
         self._loggers: list[Any] = []
         self._dashboards: list[Dashboard] = []
+        self._media: list[Media] = []  # The same, and those of other loggers; without those that failed.
+        self._draws = False
         self.reset()
 
     def reset(self) -> None:
@@ -64,42 +71,41 @@ class Dashboards:
         self._hparams_due = False
 
     def attach(self, loggers: Sequence[Any], writes: bool, has_hparams: bool) -> None:
-        """Find the TensorBoard loggers among all loggers of the Trainer.
+        """Find the loggers that more than values are written to among all loggers of the Trainer.
 
         Args:
             loggers: All loggers.
             writes: Whether this rank writes.
             has_hparams: Whether this run will have a row in the table of hyperparameters.
         """
-        # By name, since Lightning's two packages have a class each.
-        self._loggers = [x for x in loggers if any(kind.__name__ == "TensorBoardLogger" for kind in type(x).__mro__)]
-        if not self._loggers or not self.parts or find_spec("tensorboard") is None:
-            self._loggers, self._dashboards = [], []
-            return
-        from xent_metrics.tensorboard import Dashboard  # noqa: PLC0415  # It needs TensorBoard.
-
-        parts = self.parts
-        if "pictures" in parts and find_spec("matplotlib") is None:
+        self._loggers = _tensorboard_loggers(loggers) if self.parts else []
+        self._hparams_due = bool(self._loggers) and has_hparams and "hparams" in self.parts
+        if self._hparams_due:
+            _give_way(self._loggers)
+        self._dashboards = self._find_dashboards() if writes and self._loggers else []
+        others = map(find_media, loggers if writes else ())
+        self._media = [*self._dashboards, *(media for media in others if media is not None)]
+        self._draws = bool(self._media) and "pictures" in self.parts
+        if self._draws and find_spec("matplotlib") is None:
+            self._draws = False
             rank_zero_warn(
                 "`dashboards` has 'pictures', which need matplotlib: install it, or leave them out.", UserWarning
             )
-            parts -= {"pictures"}
-        self._hparams_due = has_hparams and "hparams" in parts
-        if self._hparams_due:
-            _give_way(self._loggers)
-        # A logger that is attached again goes on with its dashboard, which knows the tags that it has described.
+
+    def _find_dashboards(self) -> list[Dashboard]:
+        """Return a dashboard for each writer; one that is attached again knows the tags that it has described."""
+        from xent_metrics.tensorboard import Dashboard  # noqa: PLC0415  # It needs TensorBoard.
+
         known = {id(dashboard.writer): dashboard for dashboard in self._dashboards}
-        for logger in self._loggers if writes else ():
-            dashboard = Dashboard(
-                logger.experiment, parts, *self._dashboard_args, logger_prefix=_prefix_of_logger(logger)
-            )
+        for logger in self._loggers:
+            prefix = prefix_of_logger(logger)
+            dashboard = Dashboard(logger.experiment, self.parts, *self._dashboard_args, logger_prefix=prefix)
             known.setdefault(id(dashboard.writer), dashboard)
-        writers = {id(logger.experiment) for logger in self._loggers} if writes else set()
-        self._dashboards = [dashboard for writer, dashboard in known.items() if writer in writers]
+        return [known[writer] for writer in dict.fromkeys(id(logger.experiment) for logger in self._loggers)]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what writes files, which another process cannot have."""
-        return self.__dict__ | {"_loggers": [], "_dashboards": []}
+        return self.__dict__ | {"_loggers": [], "_dashboards": [], "_media": []}
 
     def close(self) -> None:
         """Close the files that no logger closes."""
@@ -157,7 +163,7 @@ class Dashboards:
     def new_stats(self, device: torch.device) -> ValidationStats | None:
         """Return statistics that a validation is to collect; None if nobody will look at them."""
         # Only some ranks may have a logger, so among several ranks the arguments alone decide.
-        nobody = not self._loggers and not is_distributed()
+        nobody = not self._media and not is_distributed()
         if nobody or self.parts.isdisjoint({"references", "pictures", "summary"}):
             return None
         return ValidationStats(device, counts_classes="references" in self.parts and self._references is None)
@@ -203,33 +209,57 @@ class Dashboards:
             facts: Returns the first, third and fourth argument of `summarise`; called only where it is written.
         """
         self._draw_last(decode)
-        if self._dashboards and "summary" in self.parts:
-            from xent_metrics.tensorboard import summarise  # noqa: PLC0415  # It needs TensorBoard.
-
+        if self._media and "summary" in self.parts:
             configuration, counts, num_repeated = facts()
             values = {tag: value for stage in self._last_logged.values() for tag, value in stage.items()}
-            text = summarise(configuration, values, counts, num_repeated, self._prefix)
-            for dashboard in self._dashboards:
-                dashboard.add_text("summary", text, step)
+            page = summarise(configuration, values, counts, num_repeated, self._prefix)
+            self._give("summary", lambda media: media.add_text(f"{self._prefix}summary", page, step))
         for dashboard in self._dashboards:
             dashboard.flush()
 
     def _draw_last(self, decode: Decode | None) -> None:
         stats, self._undrawn = self._undrawn, None
-        if stats is None:
+        if stats is None or not self._draws:
             return
         try:
-            for dashboard in self._dashboards:
-                dashboard.draw(stats, self._history, self._references or {}, decode)
-        except Exception as error:  # Such as one of `decode`: other ranks would wait for one that stops.
-            warnings.warn(
-                f"`dashboards` has 'pictures', but drawing one failed with {type(error).__name__}: {error}; there "
-                "are no more pictures of this run; leave them out if you can do without.",
-                UserWarning,
-                stacklevel=2,
-            )
-            for dashboard in self._dashboards:
-                dashboard.parts -= {"pictures"}
+            pictures = draw_validation(stats, self._history, self._references or {}, decode)
+        except Exception as error:  # Such as one of `decode`.
+            self._draws = False
+            _warn_of("pictures", "drawing one", error, "there are no more pictures of this run")
+            return
+
+        def write(media: Media) -> None:
+            for name, png in pictures.items():
+                media.add_picture(f"{self._prefix}val/{name}", png, self._history[-1].step)
+
+        self._give("pictures", write)
+
+    def _give(self, part: Part, write: Callable[[Media], None]) -> None:
+        """Write something to each logger; one that fails gets nothing more."""
+        for media in [*self._media]:
+            try:
+                write(media)
+            except Exception as error:  # Such as one of the network.
+                self._media.remove(media)
+                doing, consequence = f"writing by {type(media).__name__}", "its logger gets no more of this run"
+                _warn_of(part, doing, error, consequence)
+
+
+def _warn_of(part: Part, doing: str, error: Exception, consequence: str) -> None:
+    """Warn where something goes wrong: other ranks would wait for one that stops."""
+    warnings.warn(
+        f"`dashboards` has {part!r}, but {doing} failed with {type(error).__name__}: {error}; {consequence}; leave "
+        f"out {part!r} if you can do without.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _tensorboard_loggers(loggers: Sequence[Any]) -> list[Any]:
+    """Return those of TensorBoard, if it is installed; by name, since Lightning's two packages have a class each."""
+    if find_spec("tensorboard") is None:
+        return []
+    return [x for x in loggers if any(kind.__name__ == "TensorBoardLogger" for kind in type(x).__mro__)]
 
 
 def _compute_references(stats: ValidationStats, group: ProcessGroup | None) -> dict[str, float]:
@@ -245,7 +275,7 @@ def _compute_references(stats: ValidationStats, group: ProcessGroup | None) -> d
         num_targets = sum(class_counts) + num_beyond
         rank_zero_warn(
             f"`num_classes` must be larger than every target, but of {num_targets} targets {num_beyond} are not below "
-            f"{len(class_counts)}: TensorBoard gets no lines to compare with; pass the size of the vocabulary.",
+            f"{len(class_counts)}: there are no lines to compare with; pass the size of the vocabulary.",
             UserWarning,
         )
     if num_beyond or not any(class_counts):
@@ -264,9 +294,3 @@ def _give_way(loggers: Sequence[Any]) -> None:
                 UserWarning,
             )
         logger._default_hp_metric = False
-
-
-def _prefix_of_logger(logger: Any) -> str:
-    """Return what a logger puts before each tag."""
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""

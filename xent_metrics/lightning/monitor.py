@@ -86,9 +86,9 @@ class CrossEntropyMonitor(Callback):
         - `{val,test}_by_loader/{reading}/dataloader_idx_{i}`, or `/{name}` of loaders given as a dict: each loader by
           itself, if several have targets;
         - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
-        - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`, the images
-          `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the text `summary`; see
-          `dashboards`.
+        - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`; to it, Weights & Biases,
+          MLflow and Comet the images `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the
+          text `summary`; see `dashboards`.
 
         NaN is logged where there are no targets.
 
@@ -123,8 +123,8 @@ class CrossEntropyMonitor(Callback):
             `"raise"` stops the run.
         confidence: Probability that the intervals cover the mean over all sequences that might have been drawn.
         prefix: The text before all tags, such as `"ema/"`; each of several monitors needs its own.
-        dashboards: What to write beside the values where there is a TensorBoard logger; `()` for nothing, and
-            `"overlay"` only if you name it:
+        dashboards: What to write beside the values where there is a TensorBoard logger, and of it pictures and summary
+            where another logger takes them; `()` for nothing, and `"overlay"` only if you name it:
 
             - `"layout"`: charts in the Custom Scalars tab, beside those that are there already;
             - `"descriptions"`: definition, unit, and what is pooled and left out, behind the "i" of every chart;
@@ -132,7 +132,7 @@ class CrossEntropyMonitor(Callback):
             - `"hparams"`: a row in the HParams tab with the values of this run's tags, in place of Lightning's own;
             - `"pictures"`: the distribution of losses, loss by position, all validations with their intervals, and a
               text coloured by what each token cost: at the first, second, fourth, ... validation and the last;
-            - `"summary"`: a page in the Text tab when the fit is over;
+            - `"summary"`: a page of text when the fit is over;
             - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
         decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`, or the import path of a
             function. May be set later, as `monitor.decode = ...`, before the fit. Without it, numbers are shown.

@@ -1,7 +1,7 @@
 """TensorBoard: what makes the curves of a run readable for somebody who does not know how they were made.
 
 A `Dashboard` writes beside the values that a logger writes: a layout of charts, a description of each, reference lines,
-a table of hyperparameters, pictures and a page of text. It works on any `SummaryWriter`, without Lightning.
+a table of hyperparameters, pictures and pages of text. It works on any `SummaryWriter`, without Lightning.
 """
 
 from importlib.util import find_spec
@@ -14,7 +14,6 @@ if find_spec("tensorboard") is None:  # pragma: no cover
 from xent_metrics.tensorboard.dashboard import Dashboard
 from xent_metrics.tensorboard.descriptions import describe_tag
 from xent_metrics.tensorboard.layout import add_layout, build_layout, merge_layouts, read_layout
-from xent_metrics.tensorboard.summary import summarise
 
 __all__ = [
     "Dashboard",
@@ -23,5 +22,4 @@ __all__ = [
     "describe_tag",
     "merge_layouts",
     "read_layout",
-    "summarise",
 ]

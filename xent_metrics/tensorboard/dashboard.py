@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,15 +10,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from xent_metrics.tags import BOUNDS, ENDS, UNIFORM, Tag, parse_tag
+from xent_metrics.tags import BOUNDS, ENDS, Tag, parse_tag
 from xent_metrics.tensorboard.descriptions import describe_tag
-from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
 from xent_metrics.tensorboard.hparams import log_hparams
 from xent_metrics.tensorboard.layout import add_layout, build_layout
-from xent_metrics.tensorboard.surprisal import draw_page
-from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats
-
-_MOST_BITS = 10.0  # The darkest colour of the surprisal page, or the uniform line if that is lower.
 
 
 class Dashboard:
@@ -97,50 +91,17 @@ class Dashboard:
             self.describe_new_tags([tag])
             self.writer.add_scalar(self._logger_prefix + tag, value, step)
 
-    def draw(
-        self,
-        stats: ValidationStats,
-        history: Sequence[ValidationPoint],
-        references: Mapping[str, float],
-        decode: Decode | None,
-    ) -> None:
-        """Draw the pictures of a validation.
-
-        Args:
-            stats: Its statistics; the histogram is of all ranks together.
-            history: Its result, after those of the validations before it.
-            references: Names and bits of the reference lines.
-            decode: Turns a list of one token into text; None shows its number.
-        """
-        if "pictures" not in self.parts:
-            return
-        caption = _caption(history[-1])
-        lines = {name.partition("_")[0]: bits for name, bits in references.items()}
-        pictures = {}
-        if any(stats.histogram.shares()):  # Steps that return means have no losses of single targets.
-            pictures["distribution"] = draw_distribution(stats.histogram, f"Losses: {caption}", lines)
-        if len(stats.histogram.by_position()[0]) > 1:
-            pictures["by_position"] = draw_positions(stats.histogram, f"By position: {caption}", lines)
-        bounded = [point for point in history if math.isfinite(point.lower) and math.isfinite(point.upper)]
-        if len(bounded) > 1:
-            pictures["interval"] = draw_interval(bounded, f"Validation: {caption}")
-        page = stats.page(decode)
-        if any(page.texts):
-            most = min(references.get(UNIFORM) or 8.0, _MOST_BITS)  # One class alone costs 0 bits.
-            pictures["surprisal"] = draw_page(page, f"What each cost: {caption}", most)
-        for name, png in pictures.items():
-            self._add_picture(f"{self._prefix}val/{name}", png, history[-1].step)
-
-    def _add_picture(self, tag: str, png: bytes, step: int) -> None:
+    def add_picture(self, tag: str, png: bytes, step: int) -> None:
+        """Write a picture, a PNG file."""
         # `SummaryWriter.add_image` would decode the picture and encode it again.
         width, height = struct.unpack(">II", png[16:24])  # The header of every PNG file.
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         summary = Summary(value=[Summary.Value(tag=self._logger_prefix + tag, image=image)])
         self.writer._get_file_writer().add_summary(summary, step)
 
-    def add_text(self, tag: str, markdown: str, step: int) -> None:
+    def add_text(self, tag: str, html: str, step: int) -> None:
         """Write a page of text."""
-        self.writer.add_text(self._logger_prefix + self._prefix + tag, markdown, step)
+        self.writer.add_text(self._logger_prefix + tag, html, step)
 
     def overlay(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Write the readings of a stage once more, in a run of its own under the same tags, hence in its own colour."""
@@ -174,9 +135,3 @@ def _describe(writer: SummaryWriter, tag: str, description: str | None) -> None:
         plugin = SummaryMetadata.PluginData(plugin_name="scalars")
         about = SummaryMetadata(summary_description=description, plugin_data=plugin)
         writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
-
-
-def _caption(point: ValidationPoint) -> str:
-    """Return the result of a validation in words."""
-    interval = "" if math.isnan(point.lower) else f" (interval {point.lower:.3f} to {point.upper:.3f})"
-    return f"{point.bits:.3f} bits a target{interval}, step {point.step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,9 @@ def summarise(
     num_repeated: int = 0,
     prefix: str = "",
 ) -> str:
-    """Return a page of Markdown: the setup of a run, its last values, and how many targets they were read of.
+    """Return a page of HTML: the last values of a run, how many targets they were read of, and its setup.
+
+    HTML is what all loggers show: TensorBoard too, as a part of Markdown.
 
     Args:
         configuration: Names and values.
@@ -36,7 +39,7 @@ def summarise(
         (
             _table("What was reached, at the end", ("tag", "value", "interval"), _rows(values, prefix)),
             _table("What that is read of", ("targets of", "scored", "ignored", "of infinite or NaN loss"), targets),
-            f"Samples that ranks drew twice, left out of the last validation: {num_repeated:,}.\n",
+            f"<p>Samples that ranks drew twice, left out of the last validation: {num_repeated:,}.</p>",
             _table("Configuration", ("name", "value"), settings),
         )
     )
@@ -56,27 +59,29 @@ def _rows(values: Mapping[str, float], prefix: str) -> list[tuple[str, str, str]
             base, unit = ("cross_entropy", math.log(2)) if ours.name == "bits_per_token" else (ours.name, 1.0)
             ends = [values.get(Tag(ours.stage, f"{base}_{end}").text(prefix)) for end in ("lower", "upper")]
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-        rows.append((f"`{tag}`", shown, " to ".join(f"{end / unit:.6g}" for end in ends if end is not None)))
+        rows.append((f"<code>{tag}</code>", shown, " to ".join(f"{end / unit:.6g}" for end in ends if end is not None)))
     return rows
 
 
 def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table under a heading."""
-    lines = (" | ".join(cells) for cells in (header, ["---"] * len(header), *rows))
-    return f"## {title}\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+    """Return a table under a heading."""
+    head, body = _row("th", header), "\n".join(_row("td", row) for row in rows)
+    return f"<h2>{title}</h2>\n<table>\n<thead>\n{head}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+
+
+def _row(element: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{element}>{cell}</{element}>' for cell in cells)}</tr>"
 
 
 def _escaped(text: str) -> str:
-    """Return any text as Markdown that reads as the text does: TensorBoard would fetch a picture that it names."""
-    lines = ("".join(map(_escaped_character, line)) for line in text.splitlines())
+    """Return any text as HTML that reads as the text does, and names no picture or link for a browser to fetch."""
+    lines = ("".join(map(_printable, line)) for line in text.splitlines())
+    # In ASCII, as nothing says how a file is encoded.
+    escaped = (html.escape(line).encode("ascii", "xmlcharrefreplace").decode() for line in lines)
     # Spaces that HTML would leave out: at an end, and next to others.
-    return "<br>".join(re.sub("^ | (?= )| $", "&#160;", line) for line in lines)
+    return "<br>".join(re.sub("^ | (?= )| $", "&#160;", line) for line in escaped)
 
 
-def _escaped_character(character: str) -> str:
-    """Return a character as Markdown and HTML in which it stands for nothing else."""
-    if character.isalnum() or character in " .,-":
-        return character
-    # What cannot be printed, or is half a character, as Python writes it.
-    shown = character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-    return "".join(f"&#{ord(each)};" for each in shown)
+def _printable(character: str) -> str:
+    """Return a character; one that cannot be printed, or is half of one, as Python writes it."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")

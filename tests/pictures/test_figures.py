@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xent_metrics.tensorboard.figures import draw_distribution, draw_interval, draw_positions
-from xent_metrics.tensorboard.surprisal import draw_page
+from xent_metrics.pictures.figures import draw_distribution, draw_interval, draw_positions
+from xent_metrics.pictures.surprisal import draw_page
 from xent_metrics.validation_stats import (
     BINS_PER_BIT,
     MAX_BITS,

@@ -1,0 +1,94 @@
+"""Loggers that take pictures, those that do not, and those that fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from tests.lightning.fits import NUM_TRAIN, Model, make_trainer, ragged_loader
+from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning.media import find_media
+
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
+PICTURES = ["distribution", "by_position", "surprisal"]
+
+
+class Experiment:
+    """What of Comet's is called, with the same arguments; it may fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.kept: list[tuple[str | None, int | None]] = []
+        self.error = error
+
+    def log_image(self, image_data: Any, name: str | None = None, overwrite: bool = False, step: int | None = None):
+        if self.error:
+            raise self.error
+        assert image_data.size[0] > 300
+        self.kept.append((name, step))
+
+    def log_html(self, html: str, clear: bool = False) -> None:
+        assert html.startswith("<h2>")
+        self.kept.append((None, None))
+
+
+class Like(CSVLogger):
+    """A logger of somebody's own, which has an experiment of Comet's kind."""
+
+    def __init__(self, folder: Any, error: Exception | None = None, **kwargs: Any) -> None:
+        super().__init__(folder, **kwargs)
+        self.like = Experiment(error)
+
+    @property
+    def experiment(self) -> Any:
+        return self.like
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    save = finalize = log_hyperparams = log_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
+def test_a_logger_that_fails_is_told_once_and_others_go_on(tmp_path) -> None:
+    """The run is not stopped, and whoever has no like methods gets nothing."""
+    well, ill = Like(tmp_path / "a", prefix="p"), Like(tmp_path / "b", OSError("no network"))
+    trainer = make_trainer(tmp_path, CrossEntropyMonitor(), logger=[ill, well, CSVLogger(tmp_path)])
+    with pytest.warns(UserWarning, match="CometMedia") as said:
+        trainer.fit(Model(), ragged_loader(NUM_TRAIN), ragged_loader(3))
+    [message] = [str(x.message) for x in said if "`dashboards`" in str(x.message)]
+    assert message == (
+        "`dashboards` has 'pictures', but writing by CometMedia failed with OSError: no network; its logger gets no "
+        "more of this run; leave out 'pictures' if you can do without."
+    )
+    pictures = [*((name, 6) for name in PICTURES), *((name, 13) for name in [*PICTURES[:2], "interval", PICTURES[2]])]
+    assert well.like.kept == [*((f"p-val/{name}", step) for name, step in pictures), (None, None)]
+    assert ill.like.kept == []
+
+
+@pytest.mark.parametrize("parts", [(), ("layout", "descriptions", "hparams")])
+def test_nothing_is_drawn_or_written_that_was_not_asked_for(tmp_path, parts) -> None:
+    """The same option decides for all loggers; what only TensorBoard has goes nowhere else."""
+    logger = Like(tmp_path)
+    make_trainer(tmp_path, CrossEntropyMonitor(dashboards=parts), logger=logger, max_epochs=1).fit(
+        Model(), ragged_loader(NUM_TRAIN), ragged_loader(3)
+    )
+    assert logger.like.kept == []
+
+
+class Unlike(Experiment):
+    """Has methods of these names with other arguments."""
+
+    def log_image(self, path: str) -> None:  # type: ignore[override]
+        raise AssertionError
+
+    log_text = log_image
+
+
+def test_methods_with_other_arguments_are_not_called(tmp_path) -> None:
+    """Nor those of a logger that has methods of all names, as Lightning's own for `fast_dev_run`."""
+    unlike = Like(tmp_path)
+    unlike.like = Unlike()
+    assert [find_media(logger) for logger in (unlike, unlike.like, DummyLogger(), CSVLogger(tmp_path))] == [None] * 4
