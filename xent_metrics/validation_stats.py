@@ -137,6 +137,7 @@ class ValidationStats:
     Args:
         device: Where losses are.
         counts_classes: Whether to count the targets of each class.
+        has_positions: Whether a row begins where its sequence does, so that the loss by position is known.
 
     Attributes:
         histogram: Of the losses.
@@ -144,11 +145,12 @@ class ValidationStats:
         num_beyond: Number of scored targets that are no class.
     """
 
-    def __init__(self, device: torch.device, counts_classes: bool) -> None:
+    def __init__(self, device: torch.device, counts_classes: bool, has_positions: bool = True) -> None:
         self.histogram = LossHistogram.zero(device)
         self.class_counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.num_beyond = torch.zeros((), dtype=torch.int64, device=device)
         self._counts_classes = counts_classes
+        self._has_positions = has_positions
         # Eight pages, since most targets may be masked prompts, which are not shown.
         self._room = 8 * PAGE_COLUMNS * PAGE_ROWS
         self._first: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -162,7 +164,8 @@ class ValidationStats:
             ids: The class of each target; None if targets are distributions.
             num_classes: How many classes there are; None if that is not known.
         """
-        self.histogram = self.histogram + LossHistogram.of(loss, scored)
+        shape = loss.shape if self._has_positions else (-1, 1)
+        self.histogram = self.histogram + LossHistogram.of(loss.reshape(shape), scored.reshape(shape))
         if ids is None:
             return
         ids = ids.reshape(loss.shape)

@@ -26,8 +26,7 @@ from xent_metrics.tags import UNIFORM, UNIGRAM, as_choices
 from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats, unigram_bits
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
+    from xent_metrics.lightning.trainer import Ranks
     from xent_metrics.tensorboard import Dashboard
 
 Part = Literal["layout", "descriptions", "references", "hparams", "pictures", "summary", "overlay"]
@@ -160,19 +159,20 @@ class Dashboards:
                 for dashboard in self._dashboards:
                     dashboard.add_reference(f"{self._prefix}val/{name}", value, step)
 
-    def new_stats(self, device: torch.device) -> ValidationStats | None:
+    def new_stats(self, device: torch.device, ranks: Ranks) -> ValidationStats | None:
         """Return statistics that a validation is to collect; None if nobody will look at them."""
         # Only some ranks may have a logger, so among several ranks the arguments alone decide.
         nobody = not self._media and not is_distributed()
         if nobody or self.parts.isdisjoint({"references", "pictures", "summary"}):
             return None
-        return ValidationStats(device, counts_classes="references" in self.parts and self._references is None)
+        counts_classes = "references" in self.parts and self._references is None
+        return ValidationStats(device, counts_classes, has_positions=ranks.of_sequences is None)
 
     def add_validation(
         self,
         stats: ValidationStats,
         point: ValidationPoint,
-        group: ProcessGroup | None,
+        ranks: Ranks,
         decode: Decode | None,
         draw_now: bool,
     ) -> None:
@@ -183,12 +183,12 @@ class Dashboards:
         Args:
             stats: What was collected; the histogram is of all ranks together.
             point: The result of the validation.
-            group: The ranks that hold different data.
+            ranks: The ranks that hold different data.
             decode: See `CrossEntropyMonitor`.
             draw_now: Draw whichever validation it is.
         """
         if self._references is None and "references" in self.parts:
-            self._references = _compute_references(stats, group)
+            self._references = _compute_references(stats, ranks)
         self._write_references(point.step)
         self._num_validations += 1
         self._undrawn = stats
@@ -262,14 +262,18 @@ def _tensorboard_loggers(loggers: Sequence[Any]) -> list[Any]:
     return [x for x in loggers if any(kind.__name__ == "TensorBoardLogger" for kind in type(x).__mro__)]
 
 
-def _compute_references(stats: ValidationStats, group: ProcessGroup | None) -> dict[str, float]:
+def _compute_references(stats: ValidationStats, ranks: Ranks) -> dict[str, float]:
     """Return the reference lines, the same on all ranks: two small collectives, once a run."""
     counts = torch.cat([stats.class_counts, stats.num_beyond.view(1)])
     if is_distributed():
         # A rank without data does not know how many classes there are.
-        size = int(max_over_ranks(torch.tensor([len(counts)], device=counts.device), group))
-        padded = torch.nn.functional.pad(stats.class_counts, (0, size - len(counts)))
-        counts = sum_over_ranks(torch.cat([padded, counts[-1:]]), group) if size > 1 else counts
+        size = torch.tensor([len(counts)], device=counts.device)
+        for group in ranks.added:
+            size = max_over_ranks(size, group)
+        padded = torch.nn.functional.pad(stats.class_counts, (0, int(size) - len(counts)))
+        counts = torch.cat([padded, counts[-1:]])
+        for group in ranks.added if len(counts) > 1 else ():
+            counts = sum_over_ranks(counts, group)
     *class_counts, num_beyond = counts.tolist()
     if num_beyond:
         num_targets = sum(class_counts) + num_beyond

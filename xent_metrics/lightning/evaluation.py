@@ -11,7 +11,7 @@ from xent_metrics.lightning.windows import Pool, sum_over_ranks
 from xent_metrics.validation_stats import ValidationStats
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from xent_metrics.lightning.trainer import Ranks
 
 
 class Evaluation:
@@ -63,11 +63,11 @@ class Evaluation:
         if self.stats and scored and isinstance(read, StepOutputs):
             self.stats.add(scored.loss, scored.is_scored, *self._reader.classes(read))
 
-    def reduce(self, group: ProcessGroup | None) -> list[Tallies]:
+    def reduce(self, ranks: Ranks) -> list[Tallies]:
         """Return the tallies of each loader, and reduce the histogram too: ranks meet in one collective."""
         parts: list[Any] = [pool.tallies() for pool in self._pools]
         about = f"{len(parts)} loaders of the {self._step} of {self._reader.about}"
         if self.stats is None:
-            return sum_over_ranks(parts, about, group)
-        *loaders, [self.stats.histogram] = sum_over_ranks([*parts, (self.stats.histogram,)], about, group)
+            return sum_over_ranks(parts, about, ranks)
+        *loaders, [self.stats.histogram] = sum_over_ranks([*parts, (self.stats.histogram,)], about, ranks)
         return loaders

@@ -27,7 +27,7 @@ from xent_metrics.lightning.repeated_samples import RepeatedSamples
 from xent_metrics.lightning.run_summary import describe_run
 from xent_metrics.lightning.step_outputs import OutputReader
 from xent_metrics.lightning.tagged_readings import TaggedReadings
-from xent_metrics.lightning.trainer import current_step, data_parallel_group, is_log_point
+from xent_metrics.lightning.trainer import Ranks, current_step, find_ranks, is_log_point
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
 from xent_metrics.readings import NanPolicy, check_reading
@@ -94,7 +94,8 @@ class CrossEntropyMonitor(Callback):
 
     Every rank logs the value of all ranks together, at one collective a log point and one at the end of each epoch.
     Samples that `DistributedSampler` draws twice, so that ranks have equally many, are scored once in validation and
-    test; where that cannot be known a warning says so. With tensor parallelism the data-parallel ranks are added up.
+    test; where that cannot be known a warning says so. With tensor parallelism the data-parallel ranks are added up;
+        see `process_group` and `sequence_group`.
 
     A run that is resumed in the middle of an epoch goes on with the tallies of its checkpoint, also on another number
     of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
@@ -145,6 +146,13 @@ class CrossEntropyMonitor(Callback):
             of the model's own distribution in nats: where steps return logits, in the same pass over them.
         extras: Names of means that steps return in their form as `"extra": {name: mean over its targets}`, such as a
             z-loss; they are logged as `{stage}/{name}`, weighted by their targets.
+        process_group: The ranks that are added up, those that hold different targets, or none at all: a process group,
+            or the names of dimensions of the strategy's mesh. By default those of `data_parallel` and of
+            `sequence_group`; all ranks where the mesh has no such dimension. As `decode` it may be set later.
+        sequence_group: The ranks that hold other targets of the same sequences, as with context parallelism: a process
+            group, or the name of a dimension of the mesh. They return the same sequences in each batch, or None, and
+            meet in one small collective. Without it the part of a sequence that is on one rank counts as a sequence,
+            and the interval is too narrow. As `decode` it may be set later.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -179,6 +187,8 @@ class CrossEntropyMonitor(Callback):
         stages: Sequence[Stage] = STAGES,
         readings: Sequence[LoggedReading] = DEFAULT_READINGS,
         extras: Sequence[str] = (),
+        process_group: ProcessGroup | str | Sequence[str] | None = None,
+        sequence_group: ProcessGroup | str | None = None,
     ) -> None:
         serve_what_is_loaded()  # Another package may have been imported after this module.
         class_dim, ignore_index, confidence = map(as_plain, (class_dim, ignore_index, confidence))
@@ -209,7 +219,9 @@ class CrossEntropyMonitor(Callback):
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)
         in_bar = as_choices("prog_bar", prog_bar, (*get_args(LoggedReading), *self._readings.names))
         self._value_log = ValueLog([Tag(stage, name).text(prefix) for stage in STAGES for name in in_bar])
-        self._group: ProcessGroup | None = None
+        self.process_group = process_group
+        self.sequence_group = sequence_group
+        self._ranks = Ranks()
         self._reset()
 
     def _reset(self) -> None:
@@ -220,9 +232,11 @@ class CrossEntropyMonitor(Callback):
         self._dashboards.reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to a run: the group of ranks, and the module's methods that Lightning puts here."""
+        """Leave out what belongs to a run: groups of ranks, and the module's methods that Lightning puts here."""
         kept = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
-        return kept | {"_group": None}
+        given = {name: kept[name] for name in ("process_group", "sequence_group")}
+        kept |= {name: value if isinstance(value, Sequence) else None for name, value in given.items()}
+        return kept | {"_ranks": Ranks()}
 
     @property
     def state_key(self) -> str:
@@ -243,7 +257,7 @@ class CrossEntropyMonitor(Callback):
         """
         if is_distributed() and not self._run.failed:
             reduce_what_is_pending(trainer)
-            checkpoint["callbacks"][self.state_key] = self._run.state_dict_of_all_ranks(self._group)
+            checkpoint["callbacks"][self.state_key] = self._run.state_dict_of_all_ranks(self._ranks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on in the middle of an epoch, on any number of ranks, all of which hold what all of them had tallied.
@@ -258,7 +272,6 @@ class CrossEntropyMonitor(Callback):
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         check_own(self.prefix, [other.prefix for other in callbacks if isinstance(other, CrossEntropyMonitor)])
         self._outputs.to(trainer.strategy.root_device)
-        self._group = data_parallel_group(trainer)
         if stage == "fit":  # Lightning loads the state of a checkpoint after this.
             self._reset()
         elif stage == "validate":
@@ -274,6 +287,10 @@ class CrossEntropyMonitor(Callback):
         self._run.failed = True
         self._write_hparams(())  # Reading what was logged may wait for other ranks.
         self._dashboards.close()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the other ranks."""
+        self._find_ranks(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start an epoch."""
@@ -301,7 +318,7 @@ class CrossEntropyMonitor(Callback):
         if "train" not in self._stages:
             return
         reduce_what_is_pending(trainer)
-        self._run.close_window(self._group)
+        self._run.close_window(self._ranks)
         values, _ = self._readings.read("train", self._run.epoch[:1], suffix="_epoch")
         total = self._readings.read_exactly(self._run.run_total)[0].num_tokens
         values |= self._readings.count("train", total, suffix="_epoch")
@@ -318,7 +335,9 @@ class CrossEntropyMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a validation; the sanity check before it leaves no trace."""
-        stats = None if trainer.sanity_checking else self._dashboards.new_stats(self._outputs.device)
+        self._find_ranks(trainer)
+        device, ranks = self._outputs.device, self._ranks
+        stats = None if trainer.sanity_checking else self._dashboards.new_stats(device, ranks)
         self._start_evaluation("val", len(trainer.num_val_batches), stats)
 
     def on_validation_batch_end(
@@ -339,7 +358,7 @@ class CrossEntropyMonitor(Callback):
         if self._evaluation is None:
             return
         reduce_what_is_pending(trainer)
-        read = self._readings.read_loaders("val", self._evaluation.reduce(self._group), trainer.val_dataloaders)
+        read = self._readings.read_loaders("val", self._evaluation.reduce(self._ranks), trainer.val_dataloaders)
         if not trainer.sanity_checking:
             self._run.validated = read.total
             if trainer.state.fn == "fit":
@@ -349,7 +368,7 @@ class CrossEntropyMonitor(Callback):
         self._log_epoch(trainer, pl_module, "val", read.whole, read.by_loader)
         if self._evaluation.stats is not None:
             point, alone = read.point(current_step(trainer)), trainer.state.fn == "validate"
-            self._dashboards.add_validation(self._evaluation.stats, point, self._group, self.decode, draw_now=alone)
+            self._dashboards.add_validation(self._evaluation.stats, point, self._ranks, self.decode, draw_now=alone)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the row of the run in TensorBoard's table of hyperparameters, when all has been logged once."""
@@ -358,6 +377,7 @@ class CrossEntropyMonitor(Callback):
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a test."""
+        self._find_ranks(trainer)
         self._start_evaluation("test", len(trainer.num_test_batches))
 
     def on_test_batch_end(
@@ -378,7 +398,7 @@ class CrossEntropyMonitor(Callback):
         if self._evaluation is None:
             return
         reduce_what_is_pending(trainer)
-        read = self._readings.read_loaders("test", self._evaluation.reduce(self._group), trainer.test_dataloaders)
+        read = self._readings.read_loaders("test", self._evaluation.reduce(self._ranks), trainer.test_dataloaders)
         self._log_epoch(trainer, pl_module, "test", read.whole, read.by_loader)
 
     def _write_hparams(self, logged: Iterable[str]) -> None:
@@ -386,13 +406,17 @@ class CrossEntropyMonitor(Callback):
         best = (BEST,) if "bits_per_token" in names else ()
         self._dashboards.write_hparams([Tag("val", name).text(self.prefix) for name in (*best, *names)], logged)
 
+    def _find_ranks(self, trainer: Trainer) -> None:
+        self._ranks = find_ranks(trainer, self.process_group, self.sequence_group)
+        self._outputs.sequence_group = self._ranks.of_sequences
+
     def _start_evaluation(self, stage: Stage, num_loaders: int, stats: ValidationStats | None = None) -> None:
         parts = (self._outputs, self._repeated, self._flattened, stats)
         self._evaluation = Evaluation(stage, num_loaders, *parts) if stage in self._stages else None
 
     def _log_window(self, trainer: Trainer) -> None:
         """Log what was tallied since the last log point."""
-        values, window = self._readings.read("train", self._run.close_window(self._group))
+        values, window = self._readings.read("train", self._run.close_window(self._ranks))
         num_tokens = self._run.num_logged + window.num_tokens
         values |= self._readings.count("train", num_tokens)
         self._dashboards.on_window_logged(values, current_step(trainer))

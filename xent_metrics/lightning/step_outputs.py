@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from xent_metrics.metrics.saved_state import changed_settings, in_words
 from xent_metrics.tags import BITS_PER_BYTE, is_part, is_reserved
 from xent_metrics.tally.accumulate import tally_losses, tally_mean
 from xent_metrics.tally.tally import GroupTally, Tally
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Tallies = tuple[Tally | GroupTally, ...]
 """All targets, in `OutputReader.units` side by side; then, with groups, a tally of the groups for each such unit."""
@@ -104,6 +107,7 @@ class OutputReader:
         configuration: The arguments that decide what a tally means.
         units: What is tallied of every target, side by side: `cross_entropy`, and if wanted `bits_per_byte`,
             `accuracy`, `entropy`, and then the names of `extras`.
+        sequence_group: The ranks that hold other targets of the same sequences.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class OutputReader:
         given = (BITS_PER_BYTE,) if num_bytes else ()
         self.units = ("cross_entropy", *in_bytes, *of_scores, *given, *self.extras)
         self.device = torch.device("cpu")
+        self.sequence_group: ProcessGroup | None = None
         self.reads_means = False
         decides = {"options": self._options["logits"], "token_bytes": self.token_bytes}
         counted = {"groups": list(self.groups), "extras": list(self.extras)}
@@ -165,6 +170,10 @@ class OutputReader:
         if of_scores or self.extras or num_bytes:
             self.configuration["units"] = self.units
         self._looked_at: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a run."""
+        return self.__dict__ | {"sequence_group": None}
 
     def to(self, device: torch.device) -> None:
         """Move to another device."""
@@ -247,13 +256,15 @@ class OutputReader:
             preds.shape[options.class_dim] if options.input == "logits" else self.num_classes
         )
 
-    def tally_by_group(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
-        """Tally outputs with groups, of which the losses are known."""
+    def tally(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
+        """Tally outputs of which the losses are known; ranks that share sequences meet in one collective."""
         target, group, options = outputs.target, outputs.group, outputs.options
-        assert group is not None
+        whole = tally_scored(scored, self.sequence_group)
+        if group is None:
+            return (whole,)
         fix = f"`groups` has {len(self.groups)} names: add to them, or ignore the targets"
         by_group = tally_scored_by_group(scored, group, target, options, len(self.groups), fix)
-        return (tally_scored(scored), *by_group)
+        return (whole, *by_group)
 
     @staticmethod
     def tally_joined(batches: Sequence[ScoredBatch]) -> Tallies:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xent_metrics.distributed import is_distributed
+from xent_metrics.distributed import check_group_of_ranks, is_distributed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -61,13 +61,48 @@ def values_of_loader(trainer: Trainer, index: int) -> dict[str, Any]:
     return outputs[index if index < len(outputs) else -1]
 
 
-def data_parallel_group(trainer: Trainer) -> ProcessGroup | None:
-    """Return the ranks that hold different data; None for all of them."""
-    mesh = getattr(trainer.strategy, "device_mesh", None)
-    if mesh is None or "data_parallel" not in (mesh.mesh_dim_names or ()):
-        return None
-    group: ProcessGroup = mesh["data_parallel"].get_group()
-    return group
+class Ranks(NamedTuple):
+    """Which ranks hold which targets.
+
+    Attributes:
+        added: Groups of ranks that are added up, one after the other; None is all ranks.
+        of_sequences: The ranks that hold other targets of the same sequences; None if none do.
+    """
+
+    added: tuple[ProcessGroup | None, ...] = (None,)
+    of_sequences: ProcessGroup | None = None
+
+
+def find_ranks(trainer: Trainer, process_group: Any, sequence_group: Any) -> Ranks:
+    """Return the ranks that arguments of `CrossEntropyMonitor` name.
+
+    Raises:
+        TypeError: If an argument is neither a process group nor a name.
+        ValueError: If the strategy's mesh has no dimension of that name.
+    """
+    if not is_distributed():
+        return Ranks()
+    mesh: Any = getattr(trainer.strategy, "device_mesh", None)
+    dimensions = () if mesh is None else mesh.mesh_dim_names or ()
+
+    def find(argument: str, given: Any) -> Any:
+        if not isinstance(given, str):
+            check_group_of_ranks(argument, given)
+            return given
+        if given not in dimensions:
+            raise ValueError(
+                f"`{argument}` must name a dimension of the mesh of the strategy, which has {list(dimensions)}, got "
+                f"{given!r}; name one of these, or pass a process group."
+            )
+        return mesh[given].get_group()
+
+    of_sequences = find("sequence_group", sequence_group)
+    if process_group is None and "data_parallel" in dimensions:
+        others = () if of_sequences is None else (of_sequences,)
+        return Ranks((mesh["data_parallel"].get_group(), *others), of_sequences)
+    several = isinstance(process_group, Sequence) and not isinstance(process_group, str) and len(process_group) > 0
+    named = process_group if several else [process_group]
+    return Ranks(tuple(find("process_group", each) for each in named), of_sequences)
 
 
 def describe_trainer(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from xent_metrics.losses.score import ScoredBatch
 from xent_metrics.tally.tally import Tally, sum_tallies_over_ranks
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from xent_metrics.lightning.trainer import Ranks
 
 _MAX_LOSSES = 2**16  # At 4 bytes each,
 _MAX_BATCHES = 64  # from so many batches, at 2 KB each.
@@ -32,9 +32,12 @@ def add_tallies(*several: Tallies) -> Tallies:
     return reduce(lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)), several)  # type: ignore[operator]
 
 
-def sum_over_ranks(several: Sequence[tuple[Any, ...]], about: str, group: ProcessGroup | None) -> list[Any]:
+def sum_over_ranks(several: Sequence[tuple[Any, ...]], about: str, ranks: Ranks) -> list[Any]:
     """Sum tuples of tallies over the ranks that hold different data, all of which must say the same about them."""
-    total = iter(sum_tallies_over_ranks([tally for tallies in several for tally in tallies], about, group))
+    summed = [tally for tallies in several for tally in tallies]
+    for group in ranks.added:
+        summed = sum_tallies_over_ranks(summed, about, group)
+    total = iter(summed)
     return [tuple(next(total) for _ in tallies) for tallies in several]
 
 
@@ -77,10 +80,10 @@ class Pool:
             self.add(reader.tally_extra(outputs.extra, batch.is_scored.sum()))
         if outputs.num_bytes is not None:
             self.add(reader.tally_bytes(batch, outputs.num_bytes))
-        if outputs.group is None:
+        if outputs.group is None and reader.sequence_group is None:
             self.keep(batch)
-        else:
-            self.add(reader.tally_by_group(outputs, batch))
+        else:  # Ranks that share sequences meet at each batch: of losses that are kept they may have unequally many.
+            self.add(reader.tally(outputs, batch))
         return batch
 
     def tallies(self) -> Tallies:
@@ -136,9 +139,9 @@ class RunTallies:
         """Forget the targets of the epoch before."""
         self.epoch = self._zero
 
-    def close_window(self, group: ProcessGroup | None) -> Tallies:
+    def close_window(self, ranks: Ranks) -> Tallies:
         """Reduce the window and start another; return all that has been reduced since the last log point."""
-        [window] = sum_over_ranks([self.window.tallies()], self._about, group)
+        [window] = sum_over_ranks([self.window.tallies()], self._about, ranks)
         self._add(window)
         self.window = Pool(self._zero)
         # What an epoch or a checkpoint has reduced before it was logged belongs to the window that is logged next.
@@ -163,9 +166,9 @@ class RunTallies:
         """Return the tallies of all ranks; among several ones, without the window."""
         return self._state_dict(self._zero if is_distributed() else self.window.tallies())
 
-    def state_dict_of_all_ranks(self, group: ProcessGroup | None) -> dict[str, Any]:
+    def state_dict_of_all_ranks(self, ranks: Ranks) -> dict[str, Any]:
         """Return the tallies of all ranks, the window included; the ranks meet in one collective."""
-        [window] = sum_over_ranks([self.window.tallies()], self._about, group)
+        [window] = sum_over_ranks([self.window.tallies()], self._about, ranks)
         return self._state_dict(window)
 
     def _state_dict(self, window: Tallies) -> dict[str, Any]:
