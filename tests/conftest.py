@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ def _one_thread_and_one_seed() -> Iterator[None]:
     """Run every test on one thread with the same random numbers, in whatever order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # Lightning's command line leaves it, and its samplers shuffle by it.
     torch.default_generator.manual_seed(20)  # `torch.manual_seed` keeps a stack trace for each absent accelerator.
     yield
     torch.set_num_threads(threads)
