@@ -219,6 +219,7 @@ ARGUMENTS = {
     "readings": {"readings": ["cross_entropy", "num_tokens", "entropy"]},
     "extras": {"extras": ["z_loss"]},
     "bar": {"prog_bar": ["perplexity"]},
+    "ranks": {"process_group": ["data_parallel"], "sequence_group": "tensor_parallel"},
 }
 
 

@@ -95,7 +95,7 @@ class CrossEntropyMonitor(Callback):
     Every rank logs the value of all ranks together, at one collective a log point and one at the end of each epoch.
     Samples that `DistributedSampler` draws twice, so that ranks have equally many, are scored once in validation and
     test; where that cannot be known a warning says so. With tensor parallelism the data-parallel ranks are added up;
-        see `process_group` and `sequence_group`.
+    see `process_group` and `sequence_group`.
 
     A run that is resumed in the middle of an epoch goes on with the tallies of its checkpoint, also on another number
     of ranks, and logs the same bits at the end of the epoch as one that was never stopped, if the loader saves its
