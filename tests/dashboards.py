@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from playwright.sync_api import Browser
+
 from tests.browser import Dashboard, find_chromium, open_tensorboard, serve, start_chromium
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +100,19 @@ def look(dashboard: Dashboard, folder: Path) -> list[str]:
     return wrong
 
 
+def look_at_page(chromium: Browser, folder: Path) -> list[str]:
+    """Open the page of the validation's text beside the event files, keep a picture, and return what is wrong."""
+    [path] = folder.glob("smoke/**/val_surprisal_page.html")
+    tab = chromium.new_page(viewport={"width": 1000, "height": 700})
+    tab.goto(path.resolve().as_uri())
+    tab.locator(".sequence span").nth(60).hover()
+    tab.screenshot(path=folder / "surprisal_page.png")
+    num_pieces = tab.locator(".sequence span").count()
+    tab.close()
+    print(f"  {'ok   ' if num_pieces > 1000 else 'WRONG'}  the HTML page has the text")
+    return [] if num_pieces > 1000 else [f"the HTML page has only {num_pieces} pieces"]
+
+
 def main() -> None:
     """Train, look, and say what is wrong."""
     folder = Path(sys.argv[1])
@@ -109,7 +124,7 @@ def main() -> None:
     train(folder)
     print("What a real browser sees of the example's dashboards:")
     with serve(folder) as url, start_chromium() as chromium, open_tensorboard(chromium, url) as dashboard:
-        wrong = look(dashboard, folder)
+        wrong = look(dashboard, folder) + look_at_page(chromium, folder)
     print(f"Pictures of all tabs: {folder}/*.png")
     if wrong:
         sys.exit("\n".join(("Not as it should be:", *wrong)))

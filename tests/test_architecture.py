@@ -18,7 +18,7 @@ LIBRARY = "xent_metrics"
 LAYERS = (
     "distributed", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals", "reading_info",
     "readings", "metrics", "functional", "_tokenizers", "token_bytes", "token_windows", "packing", "tags",
-    "validation_stats", "pictures", "summary", "tensorboard", "lightning",
+    "page", "validation_stats", "pictures", "summary", "tensorboard", "lightning",
 )  # fmt: skip
 LONGEST, LONGEST_MEDIAN = 450, 270
 

@@ -8,24 +8,23 @@ that each class occurs. Nothing here needs Lightning or TensorBoard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Decode = Callable[[list[int]], str]
-"""Turns a list of one token into text."""
+from xent_metrics.page import NUM_CHARACTERS, Decode, Page, write_page
 
 BINS_PER_BIT = 4
 MAX_BITS = 24
 """Losses are counted in bins of a quarter of a bit up to this many bits; one more bin holds all larger losses."""
 
-PAGE_COLUMNS, PAGE_ROWS = 88, 26
-"""Size of the text on the surprisal page, in characters."""
-
+_NUM_TOKENS = 2 * NUM_CHARACTERS  # Most targets may be masked prompts, which are not shown.
+_NUM_RANKS = NUM_CHARACTERS // 2  # Each rank is a look at all classes.
 _NUM_BINS = BINS_PER_BIT * MAX_BITS + 1
+_MOST_COMPARED = 2**24  # Numbers at a time, each a byte.
 _NUM_SINGLE = 16  # Positions below this have a bucket each; above, each doubling has half as many buckets.
 _NUM_BUCKETS = _NUM_SINGLE * 9  # Up to 2**20 positions; the last bucket holds all later ones.
 _UNIT = 2**-20  # Of the bits that are summed by position: finer than a pixel, and 2**43 bits fit into int64.
@@ -110,18 +109,6 @@ def _first_position(bucket: int) -> int:
     return (bucket - octave * half) << octave
 
 
-class Page(NamedTuple):
-    """Text, and what each token of it cost.
-
-    Attributes:
-        texts: The tokens of each sequence, as text.
-        bits: The loss of each token in bits.
-    """
-
-    texts: list[list[str]]
-    bits: list[list[float]]
-
-
 class ValidationPoint(NamedTuple):
     """The result of one validation: bits per target, and the ends of the interval; NaN where there is none."""
 
@@ -151,11 +138,17 @@ class ValidationStats:
         self.num_beyond = torch.zeros((), dtype=torch.int64, device=device)
         self._counts_classes = counts_classes
         self._has_positions = has_positions
-        # Eight pages, since most targets may be masked prompts, which are not shown.
-        self._room = 8 * PAGE_COLUMNS * PAGE_ROWS
-        self._first: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._room = _NUM_TOKENS
+        self._first: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
-    def add(self, loss: Tensor, scored: Tensor, ids: Tensor | None, num_classes: int | None) -> None:
+    def add(
+        self,
+        loss: Tensor,
+        scored: Tensor,
+        ids: Tensor | None,
+        num_classes: int | None,
+        scores: Tensor | None = None,
+    ) -> None:
         """Add a batch, without waiting for the device.
 
         Args:
@@ -163,6 +156,8 @@ class ValidationStats:
             scored: Whether each target is scored.
             ids: The class of each target; None if targets are distributions.
             num_classes: How many classes there are; None if that is not known.
+            scores: The logits of each target, classes last, which are looked at if a sequence has one dimension; None
+                if there are none.
         """
         shape = loss.shape if self._has_positions else (-1, 1)
         self.histogram = self.histogram + LossHistogram.of(loss.reshape(shape), scored.reshape(shape))
@@ -174,8 +169,11 @@ class ValidationStats:
         if self._room > 0 and ids.numel():
             columns = min(ids.shape[1], self._room)
             part = (slice(-(-self._room // columns)), slice(columns))
+            is_early = self._room > _NUM_TOKENS - _NUM_RANKS
+            has_ranks = scores is not None and scores.shape[:-1] == loss.shape
+            ranks = _ranks(scores[part], ids[part]) if scores is not None and has_ranks and is_early else None
             # Cloned, since a view would keep the memory of the whole batch.
-            self._first.append((ids[part].clone(), loss[part].clone(), scored[part].clone()))
+            self._first.append((ids[part].clone(), loss[part].clone(), scored[part].clone(), ranks))
             self._room -= ids[part].numel()
 
     def leave_out(self, num_samples: int) -> None:
@@ -192,49 +190,25 @@ class ValidationStats:
 
     def page(self, decode: Decode | None) -> Page:
         """Return the first text of this rank; `decode` is that of `write_page`."""
-        page = Page([], [])
-        for part in self._first:
-            ids, losses, scored = (x.tolist() for x in part)
-            rows = write_page(ids, losses, scored, decode)
-            page.texts.extend(rows.texts)
-            page.bits.extend(rows.bits)
+        page: Page = []
+        room = NUM_CHARACTERS
+        for ids, losses, scored, ranks in self._first:
+            if room <= 0:
+                break
+            places = None if ranks is None else ranks.tolist()
+            added = write_page(ids.tolist(), losses.tolist(), scored.tolist(), places, decode, room)
+            room -= sum(max(1, len(piece.text)) for sequence in added for piece in sequence)
+            page += added
         return page
 
 
-def write_page(
-    ids: Sequence[Sequence[int]],
-    losses: Sequence[Sequence[float]],
-    scored: Sequence[Sequence[bool]],
-    decode: Decode | None,
-) -> Page:
-    """Return the page of some sequences.
-
-    Args:
-        ids: Their tokens.
-        losses: The loss of each token in nats.
-        scored: Whether each token is scored; the others, such as padding, are left out.
-        decode: Turns a list of one token into text; None shows its number.
-    """
-    known: dict[int, str] = {}
-    page = Page([], [])
-    for row, costs, uses in zip(ids, losses, scored, strict=True):
-        kept = [(token, loss) for token, loss, use in zip(row, costs, uses, strict=True) if use]
-        for token, _ in kept:
-            if token not in known:
-                known[token] = f"{token} " if decode is None else _decoded(token, decode)
-        page.texts.append([known[token] for token, _ in kept])
-        page.bits.append([loss / math.log(2) for _, loss in kept])
-    return page
-
-
-def _decoded(token: int, decode: Decode) -> str:
-    try:
-        return str(decode([token]))
-    except Exception as error:
-        raise ValueError(
-            f"`decode` must turn a list of one token into text, but for [{token}] it raised {type(error).__name__}: "
-            f"{error}; mend it, or pass None to see numbers"
-        ) from error
+def _ranks(scores: Tensor, ids: Tensor) -> Tensor:
+    """Return the place of each class among all, 1 for the most likely one, a few rows at a time."""
+    num_classes = scores.shape[-1]
+    own = scores.gather(-1, ids.clamp(0, num_classes - 1).unsqueeze(-1))
+    rows = max(1, _MOST_COMPARED // (num_classes * len(ids)))
+    parts = zip(scores.split(rows, 1), own.split(rows, 1), strict=True)
+    return torch.cat([(some > of_target).sum(-1) + 1 for some, of_target in parts], 1)
 
 
 def unigram_bits(counts: Sequence[int]) -> float:

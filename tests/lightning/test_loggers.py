@@ -156,6 +156,8 @@ def tensorboard(folder: Path, patch: pytest.MonkeyPatch) -> tuple[TensorBoardLog
             tag.removesuffix("/text_summary"): [(x.step, x.tensor_proto.string_val[0].decode()) for x in text]
             for tag, text in texts.items()
         }
+        [page] = Path(logger.log_dir).glob("val_surprisal_page.html")
+        pages["val/surprisal_page"] = [(None, page.read_text())]
         return Kept(points_of_events(logger.log_dir), images, pages)
 
     return logger, read
@@ -189,7 +191,7 @@ def test_every_logger_keeps_everything_that_it_can(tmp_path, monkeypatch, make) 
 
     No tag is a folder of another.
     """
-    drawn: list[dict[str, bytes]] = []
+    drawn: list[tuple[dict[str, bytes], str]] = []
     monkeypatch.setattr(dashboards, "draw_validation", lambda *args: drawn.append(draw_validation(*args)) or drawn[-1])
     logger, read = make(tmp_path, monkeypatch)
     options = {"groups": ["even", "odd"], "token_bytes": NUM_BYTES}
@@ -214,12 +216,14 @@ def test_every_logger_keeps_everything_that_it_can(tmp_path, monkeypatch, make) 
     if make is csv:
         assert drawn == []
         return
-    assert [len(each) for each in drawn] == [3, 4]  # One validation is no curve.
-    expected = {f"val/{name}": [] for name in drawn[1]}
-    for step, each in zip((6, 13), drawn, strict=True):
+    assert [len(each) for each, _ in drawn] == [3, 4]  # One validation is no curve.
+    expected = {f"val/{name}": [] for name in drawn[1][0]}
+    for step, (each, _) in zip((6, 13), drawn, strict=True):
         for name, png in each.items():
             expected[f"val/{name}"].append((step, pixels(png)))
     assert {tag: [(step, pixels(png)) for step, png in sorted(each)] for tag, each in pictures.items()} == expected
+    coloured = [page for _, page in pages.pop("val/surprisal_page")]  # Of MLflow the last one: it keeps a file.
+    assert coloured == [page for _, page in drawn][-len(coloured) :]
     assert set(pages) == {"summary", "b/summary"}
     for tag, [(step, page)] in pages.items():
         assert step == (None if make in (mlflow_files, mlflow_database) else 13)

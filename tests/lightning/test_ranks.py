@@ -213,7 +213,7 @@ def test_ranks_that_tally_different_things_do_not_add_them_up(tmp_path) -> None:
 
 def fit_with_dashboards(folder: Path, idle: bool) -> dict[str, Any]:
     """Fit with a TensorBoard logger; ranks repeat a sample, or one of them has no validation at all."""
-    monitor = CrossEntropyMonitor(decode=lambda ids: f"{ids[0]} ")
+    monitor = CrossEntropyMonitor(decode=lambda ids: "".join(f"{i} " for i in ids))
     trainer = make_trainer(monitor, folder=folder)
     trainer.fit(Table("logits"), loader(16), Uneven(0) if idle else loader(5))
     return {

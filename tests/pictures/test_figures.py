@@ -8,16 +8,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from xent_metrics.page import Piece
 from xent_metrics.pictures.figures import draw_distribution, draw_interval, draw_positions
 from xent_metrics.pictures.surprisal import draw_page
 from xent_metrics.validation_stats import (
     BINS_PER_BIT,
     MAX_BITS,
     LossHistogram,
-    Page,
     ValidationPoint,
     ValidationStats,
-    write_page,
 )
 
 LN_2 = math.log(2)
@@ -114,34 +113,6 @@ def test_classes_are_counted_where_they_are_scored() -> None:
     assert (stats.class_counts.tolist(), int(stats.num_beyond)) == ([3, 0, 4, 0, 0, 0], 2)
 
 
-def test_the_page_is_the_first_text_and_bounded() -> None:
-    """However much is validated, as much is kept as fits a page."""
-    stats = ValidationStats(torch.device("cpu"), counts_classes=False)
-    for start in range(0, 400, 10):
-        ids = torch.arange(start, start + 10).view(2, 5).repeat(1, 200)
-        stats.add(*losses_of([[2.0] * 1000] * 2), ids, None)
-    page = stats.page(lambda ids: chr(ord("a") + ids[0] % 26))
-    assert page.texts[0][:6] == ["a", "b", "c", "d", "e", "a"]
-    assert page.texts[1][:2] == ["f", "g"]
-    assert 8 * 2288 <= sum(map(len, page.texts)) < 9 * 2288
-    assert min(map(min, page.bits)) == max(map(max, page.bits)) == pytest.approx(2.0)
-    assert len(stats.page(None).texts) == len(page.texts)
-
-
-def test_a_page_leaves_out_what_is_not_scored_and_decodes_each_token_once() -> None:
-    """Padding has no text; a token that occurs often is asked for once."""
-    asked: list[list[int]] = []
-
-    def decode(ids: list[int]) -> str:
-        asked.append(ids)
-        return f"<{ids[0]}>"
-
-    page = write_page([[1, 2, 1, -100]], [[LN_2, 2 * LN_2, 0.0, 0.0]], [[True, True, True, False]], decode)
-    assert page == Page([["<1>", "<2>", "<1>"]], [[1.0, 2.0, 0.0]])
-    assert asked == [[1], [2]]
-    assert write_page([[7]], [[0.0]], [[True]], None).texts == [["7 "]]
-
-
 def opened(png: bytes) -> Image.Image:
     """Read a picture back."""
     image = Image.open(BytesIO(png))
@@ -181,37 +152,4 @@ def test_drawing_does_not_touch_pyplot(monkeypatch) -> None:
     draw_distribution(LossHistogram.of(*random_losses(3, 3)), "A title", {})
     draw_positions(LossHistogram.of(*random_losses(3, 3)), "A title", {})
     draw_interval([ValidationPoint(0, 2.0, 1.0, 3.0)] * 2, "A title")
-    draw_page(Page([["a"]], [[1.0]]), "A title", 8.0)
-
-
-def colour_at(image: Image.Image, row: int, column: int) -> tuple[int, ...]:
-    """Return the colour in a corner of a character's cell, where no glyph reaches."""
-    return image.convert("RGB").getpixel((14 + 9 * column + 7, 74 + 19 * row + 1))
-
-
-def test_the_page_is_darker_where_a_token_cost_more() -> None:
-    """Every character has its token's colour: white at 0, darkest at the end of the scale and beyond."""
-    page = Page([["ab", "c", "d", "e"]], [[0.0, 4.0, 8.0, 99.0]])
-    image = opened(draw_page(page, "A title", most=8.0))
-    colours = [sum(colour_at(image, 0, column)) for column in range(5)]
-    assert colours[0] == colours[1] == 3 * 255
-    assert colours[0] > colours[2] > colours[3] == colours[4]
-
-
-def test_the_page_breaks_lines_where_the_text_does_and_where_it_is_full() -> None:
-    """A newline is shown, and ends the line; a long line goes on in the next; a sequence does not begin one."""
-    image = opened(draw_page(Page([["x", "\n"], ["y" * 100], ["z"]], [[8.0, 8.0], [8.0], [8.0]]), "A title", most=8.0))
-    dark = colour_at(image, 0, 0)
-    assert colour_at(image, 0, 1) == dark  # The newline
-    assert colour_at(image, 0, 2) == (255, 255, 255)
-    assert colour_at(image, 1, 87) == dark
-    assert colour_at(image, 2, 12) == dark  # 88 of the 100, then 12, then the next sequence
-    assert colour_at(image, 2, 13) == (255, 255, 255)
-    assert image.height == 74 + 3 * 19 + 14
-
-
-def test_the_page_has_a_largest_size_and_draws_what_its_font_lacks() -> None:
-    """A text without end, and characters that the font does not have, are no trouble."""
-    png = draw_page(Page([["𓀀", "字", "\x07", *"word " * 5000]], [[1.0] * 25_003]), "A title", 8.0)
-    assert opened(png).size == (820, 74 + 26 * 19 + 14)
-    assert len(png) < 60_000
+    draw_page([[Piece("a", 1.0, (0,))]], "A title", 8.0)

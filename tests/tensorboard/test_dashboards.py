@@ -108,7 +108,9 @@ def _run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trainer]:
     logger = TensorBoardLogger(folder, name="", version="run")
     logger.experiment.add_custom_scalars({"Mine": {"rates": ["Multiline", ["^lr$"]]}, "Likelihood": {}})
     parts = ("layout", "descriptions", "references", "hparams", "pictures", "summary", "overlay")
-    monitor = CrossEntropyMonitor(groups=["web", "code"], dashboards=parts, decode=lambda ids: chr(97 + ids[0]))
+    monitor = CrossEntropyMonitor(
+        groups=["web", "code"], dashboards=parts, decode=lambda ids: bytes(ids).decode("latin")
+    )
     trainer = fit(logger, monitor, loaders=2, max_epochs=5)
     trainer.test(trainer.lightning_module, DataLoader(samples(5), 3), verbose=False)
     return folder, trainer
@@ -241,6 +243,15 @@ def test_pictures_are_few_and_say_what_they_are_of(run, ask: Ask) -> None:
     events = EventAccumulator(str(run[0] / "run"), size_guidance={"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {f"val/{name}" for name in (*PICTURES, "interval")}
     assert all(len(image.encoded_image_string) < 60_000 for image in events.Images("val/surprisal"))
+
+
+def test_the_page_of_the_last_validation_is_beside_the_event_files(run) -> None:
+    """One file, with the losses and the ranks of its tokens."""
+    [page] = run[0].rglob("*.html")
+    assert page == run[0] / "run" / "val_surprisal_page.html"
+    html = page.read_text()
+    assert "step 24" in html.partition("</title>")[0]
+    assert len(re.findall(r'data-about="token \d+: [^"]*&#10;[\d.]+ bits&#10;rank \d+"', html)) > 10
 
 
 def test_the_page_at_the_end_says_what_was_reached(run, ask: Ask) -> None:
@@ -452,9 +463,9 @@ def test_a_picture_that_cannot_be_drawn_does_not_stop_the_run(tmp_path) -> None:
     found = kinds(tmp_path / "run")
     assert found["summary"]
     assert len(scalars(tmp_path / "run")["val/cross_entropy"]) == 3
-    with pytest.raises(ValueError, match=r"`decode` must turn a list of one token .* import path 'tok.decode', where"):
+    with pytest.raises(ValueError, match=r"`decode` must turn a list of tokens .* import path 'tok.decode', where"):
         CrossEntropyMonitor(decode="tok.decode")
-    with pytest.raises(TypeError, match=r"`decode` must turn a list of one token into text, .* got 3; pass a function"):
+    with pytest.raises(TypeError, match=r"`decode` must turn a list of tokens into text, .* got 3; pass a function"):
         CrossEntropyMonitor(decode=3)
 
 
@@ -514,9 +525,9 @@ def test_the_picture_of_all_validations_thins_them_out(tmp_path, monkeypatch) ->
     """Of a thousand and more it shows some hundred, from the first to the last."""
     histories = []
 
-    def draw(stats: Any, history: list[ValidationPoint], *_: Any) -> dict[str, bytes]:
+    def draw(stats: Any, history: list[ValidationPoint], *_: Any) -> tuple[dict[str, bytes], None]:
         histories.append([point.step for point in history])
-        return {}
+        return {}, None
 
     monkeypatch.setattr("xent_metrics.lightning.dashboards.draw_validation", draw)
     dashboards = Dashboards(("pictures",), READINGS, (), "")

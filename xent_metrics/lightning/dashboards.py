@@ -20,10 +20,11 @@ from torchmetrics.utilities.prints import rank_zero_warn
 from xent_metrics.distributed import is_distributed, max_over_ranks, sum_over_ranks
 from xent_metrics.lightning.media import Media, find_media, prefix_of_logger
 from xent_metrics.lightning.trainer import flatten
+from xent_metrics.page import Decode
 from xent_metrics.pictures import draw_validation
 from xent_metrics.summary import summarise
 from xent_metrics.tags import UNIFORM, UNIGRAM, as_choices
-from xent_metrics.validation_stats import Decode, ValidationPoint, ValidationStats, unigram_bits
+from xent_metrics.validation_stats import ValidationPoint, ValidationStats, unigram_bits
 
 if TYPE_CHECKING:
     from xent_metrics.lightning.trainer import Ranks
@@ -222,15 +223,18 @@ class Dashboards:
         if stats is None or not self._draws:
             return
         try:
-            pictures = draw_validation(stats, self._history, self._references or {}, decode)
+            pictures, page = draw_validation(stats, self._history, self._references or {}, decode)
         except Exception as error:  # Such as one of `decode`.
             self._draws = False
             _warn_of("pictures", "drawing one", error, "there are no more pictures of this run")
             return
 
         def write(media: Media) -> None:
+            step = self._history[-1].step
             for name, png in pictures.items():
-                media.add_picture(f"{self._prefix}val/{name}", png, self._history[-1].step)
+                media.add_picture(f"{self._prefix}val/{name}", png, step)
+            if page is not None:
+                media.add_page(f"{self._prefix}val/surprisal_page", page, step)
 
         self._give("pictures", write)
 

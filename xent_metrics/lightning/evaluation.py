@@ -61,7 +61,8 @@ class Evaluation:
         # Losses are computed once, for the tallies and for the statistics.
         scored = self._pools[dataloader_idx].add_outputs(self._reader, read)
         if self.stats and scored and isinstance(read, StepOutputs):
-            self.stats.add(scored.loss, scored.is_scored, *self._reader.classes(read))
+            classes = self._reader.classes(read)
+            self.stats.add(scored.loss, scored.is_scored, *classes, self._reader.scores(read))
 
     def reduce(self, ranks: Ranks) -> list[Tallies]:
         """Return the tallies of each loader, and reduce the histogram too: ranks meet in one collective."""

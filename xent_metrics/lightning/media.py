@@ -18,7 +18,10 @@ class Media(Protocol):
         """Write a picture, a PNG file."""
 
     def add_text(self, tag: str, html: str, step: int) -> None:
-        """Write a page of text."""
+        """Write a short page of text."""
+
+    def add_page(self, tag: str, html: str, step: int) -> None:
+        """Write a page of HTML that stands alone."""
 
 
 def find_media(logger: Any) -> Media | None:
@@ -56,6 +59,8 @@ class WandbMedia:
         # What is injected is a style sheet on another host.
         self._logger.log_metrics({tag: Html(html, inject=False, data_is_not_path=True)}, step)
 
+    add_page = add_text
+
 
 class MlflowMedia:
     """MLflow: pictures by step, as it charts them, and a file that it shows as a page; both are artifacts."""
@@ -72,6 +77,8 @@ class MlflowMedia:
         """Log a file."""
         self._logger.experiment.log_text(self._logger.run_id, html, f"{self._prefix}{tag}.html")
 
+    add_page = add_text
+
 
 class CometMedia:
     """Comet: pictures by step, and a page in its HTML tab."""
@@ -87,6 +94,8 @@ class CometMedia:
     def add_text(self, tag: str, html: str, step: int) -> None:
         """Log a page."""
         self._logger.experiment.log_html(html)
+
+    add_page = add_text
 
 
 def _takes(owner: Any, name: str, *arguments: str) -> bool:

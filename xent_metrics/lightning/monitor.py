@@ -30,6 +30,7 @@ from xent_metrics.lightning.tagged_readings import TaggedReadings
 from xent_metrics.lightning.trainer import Ranks, current_step, find_ranks, is_log_point
 from xent_metrics.lightning.windows import RunTallies
 from xent_metrics.losses.options import Backend
+from xent_metrics.page import Decode
 from xent_metrics.readings import NanPolicy, check_reading
 from xent_metrics.tags import (
     BEST,
@@ -43,7 +44,7 @@ from xent_metrics.tags import (
     check_own,
     check_prefix,
 )  # fmt: skip
-from xent_metrics.validation_stats import Decode, ValidationStats
+from xent_metrics.validation_stats import ValidationStats
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -135,7 +136,7 @@ class CrossEntropyMonitor(Callback):
               text coloured by what each token cost: at the first, second, fourth, ... validation and the last;
             - `"summary"`: a page of text when the fit is over;
             - `"overlay"`: the same readings again under `train` and `val`, as runs of their own, hence two colours.
-        decode: Turns a list of one token into text, for the coloured one: `tokenizer.decode`, or the import path of a
+        decode: Turns a list of tokens into text, for the coloured one: `tokenizer.decode`, or the import path of a
             function. May be set later, as `monitor.decode = ...`, before the fit. Without it, numbers are shown.
         num_classes: How many classes there are, for the lines to compare with where no step returns logits.
         backend: How losses are made of logits: as they are (`"auto"`, `"eager"`), or by a compiler (`"compile"`); see
@@ -213,7 +214,7 @@ class CrossEntropyMonitor(Callback):
         self.nan_policy: NanPolicy = nan_policy
         self.confidence = confidence
         self.prefix = check_prefix(prefix)
-        self.decode = as_function("decode", decode, "turn a list of one token into text, as tokenizer.decode does")
+        self.decode = as_function("decode", decode, "turn a list of tokens into text, as tokenizer.decode does")
         self._readings = TaggedReadings(names, self._outputs, nan_policy, confidence, prefix)
         self._stages = as_choices("stages", stages, STAGES)
         self._dashboards = Dashboards(dashboards, self._readings.names, self._outputs.groups, prefix)

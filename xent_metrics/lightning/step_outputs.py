@@ -256,6 +256,15 @@ class OutputReader:
             preds.shape[options.class_dim] if options.input == "logits" else self.num_classes
         )
 
+    @staticmethod
+    def scores(outputs: StepOutputs) -> Tensor | None:
+        """Return the logits of every target, classes last; None where they are not there, or spread over ranks."""
+        options = outputs.options
+        if options.input != "logits" or type(outputs.preds) is not Tensor:
+            return None
+        preds, _ = options.shifted(outputs.preds, outputs.target)
+        return preds.detach().movedim(options.class_dim, -1)
+
     def tally(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
         """Tally outputs of which the losses are known; ranks that share sequences meet in one collective."""
         target, group, options = outputs.target, outputs.group, outputs.options

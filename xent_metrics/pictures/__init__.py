@@ -1,4 +1,4 @@
-"""Pictures of validations, as PNG files in bytes; whoever has a logger writes them. They need matplotlib."""
+"""Pictures of validations, PNG files as bytes, and a page of HTML, which others write. They need matplotlib."""
 
 from xent_metrics.pictures.validation import draw_validation
 

@@ -1,25 +1,33 @@
-"""The surprisal page: text, each token on a colour that says how many bits it cost. A PNG file as bytes."""
+"""The surprisal page as a picture: text, each token on a colour that says how many bits it cost. A PNG file as bytes.
+
+It is a grid of characters: wide ones take two cells, marks stand on the character before them. What no font has is
+shown as its code point. Letters of Arabic are not joined; the HTML page joins them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import lru_cache
 from io import BytesIO
 from typing import Any, NamedTuple
+from unicodedata import bidirectional, category, east_asian_width
 
-from xent_metrics.validation_stats import PAGE_COLUMNS, PAGE_ROWS, Page
+from xent_metrics.page import PAGE_COLUMNS, PAGE_ROWS, Page
 
 _CELL = (9, 19)  # Pixels of a character.
 _MARGIN = 14
 _HEAD = 74  # Pixels above the text, for the title and the scale.
 _FONT_SIZE = 15
 _NUM_COLOURS = 96  # A palette makes the file a third as large, and no colour is seen to change.
+_SHOWN_AS = {"\n": "⏎", "\r": "␍", "\t": "→"}
 
 
 def draw_page(page: Page, title: str, most: float) -> bytes:
     """Draw text with every token on a colour that says how many bits it cost; dark is hard.
 
     Args:
-        page: The text. A grey line stands where a sequence begins.
+        page: The text. Each sequence begins a line.
         title: The line above the text.
         most: The bits from which on a token has the darkest colour.
     """
@@ -29,66 +37,22 @@ def draw_page(page: Page, title: str, most: float) -> bytes:
     width, height = PAGE_COLUMNS * _CELL[0] + 2 * _MARGIN, _HEAD + len(lines) * _CELL[1] + _MARGIN
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)
-    font, small = _font(_FONT_SIZE), _font(_FONT_SIZE - 3)
+    small = _font(_own_font(), _FONT_SIZE - 3)
     draw.text((_MARGIN, 8), title, font=small, fill="black")
     _draw_scale(draw, small, most)
     for row, line in enumerate(lines):
-        for column, cell in enumerate(line):
-            _draw_cell(draw, font, _MARGIN + column * _CELL[0], _HEAD + row * _CELL[1], cell, most)
+        x, y = _MARGIN, _HEAD + row * _CELL[1]
+        for cell in _in_visual_order(line):
+            _draw_cell(draw, x, y, cell, most)
+            x += cell.width * _CELL[0]
+        if line[0].begins:
+            draw.line((_MARGIN - 4, y, _MARGIN - 4, y + _CELL[1] - 1), fill="#7f7f7f")
     buffer = BytesIO()
     image.quantize(_NUM_COLOURS).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
-class _Cell(NamedTuple):
-    """One character, the bits of its token, and whether a sequence begins with it."""
-
-    character: str
-    bits: float
-    begins: bool
-
-
-def _break_lines(page: Page) -> list[list[_Cell]]:
-    """Break the tokens of all sequences into lines of single characters, as many lines as fit on a page."""
-    drawable = _drawable_characters()
-    lines: list[list[_Cell]] = [[]]
-    for texts, costs in zip(page.texts, page.bits, strict=True):
-        begins = True
-        for character, bits in ((c, bits) for text, bits in zip(texts, costs, strict=True) for c in text):
-            if len(lines[-1]) == PAGE_COLUMNS:
-                lines.append([])
-            shown = {"\n": "⏎", "\t": "→"}.get(character, character)
-            lines[-1].append(_Cell(shown if ord(shown) in drawable else "□", bits, begins))
-            begins = False
-            if character == "\n":
-                lines.append([])
-        if len(lines) > PAGE_ROWS:
-            break
-    return [line for line in lines if line][:PAGE_ROWS]
-
-
-def _draw_cell(draw: Any, font: Any, x: int, y: int, cell: _Cell, most: float) -> None:
-    bottom, background = y + _CELL[1] - 1, _colour(cell.bits / most)
-    draw.rectangle((x, y, x + _CELL[0] - 1, bottom), fill=background)
-    draw.text((x, y), cell.character, font=font, fill="white" if sum(background) < 380 else "black")
-    if cell.begins:
-        draw.line((x, y, x, bottom), fill="#7f7f7f")
-
-
-def _draw_scale(draw: Any, font: Any, most: float) -> None:
-    """Draw the colours from 0 bits to `most`, with figures."""
-    left, top, length = _MARGIN, 32, 330
-    for i in range(length):
-        draw.line((left + i, top, left + i, top + 12), fill=_colour(i / length))
-    draw.rectangle((left, top, left + length, top + 12), outline="#888888")
-    every = max(1, math.ceil(most / 8))
-    for bits in range(0, math.floor(most) + 1, every):
-        draw.text((left + bits * length / most, top + 15), str(bits), font=font, fill="black", anchor="ma")
-    for line, words in enumerate(("bits: light was expected, dark was a surprise", "| a sequence begins")):
-        draw.text((left + length + 20, top - 4 + 18 * line), words, font=font, fill="black")
-
-
-def _colour(share: float) -> tuple[int, int, int]:
+def surprisal_colour(share: float) -> tuple[int, int, int]:
     """Return a colour between white, orange and dark red; NaN and shares above 1 have the darkest."""
     stops = ((255, 255, 255), (254, 217, 142), (217, 95, 14), (110, 20, 10))
     share = 1.0 if math.isnan(share) else min(1.0, max(0.0, share))
@@ -98,19 +62,132 @@ def _colour(share: float) -> tuple[int, int, int]:
     return tuple(round(a + (b - a) * rest) for a, b in zip(low, high, strict=True))  # type: ignore[return-value]
 
 
-def _font_path() -> str:
+def is_dark(colour: tuple[int, int, int]) -> bool:
+    """Return whether text on a colour must be white."""
+    return sum(colour) < 380
+
+
+class _Cell(NamedTuple):
+    """A character with its marks, how many columns it takes, the bits of its piece, and whether a sequence begins."""
+
+    text: str
+    width: int
+    bits: float
+    begins: bool
+
+
+def _break_lines(page: Page) -> list[list[_Cell]]:
+    """Break the pieces of all sequences into lines, as many as fit on the picture."""
+    lines: list[list[_Cell]] = []
+    for sequence in page:
+        lines.append([])
+        begins, column = True, 0
+        for character, bits in ((character, piece.bits) for piece in sequence for character in piece.text):
+            if category(character) in {"Mn", "Me", "Cf"}:  # A mark, or what joins characters.
+                if lines[-1]:
+                    lines[-1][-1] = lines[-1][-1]._replace(text=lines[-1][-1].text + character)
+                continue
+            for shown, width in _shown(character):
+                if column + width > PAGE_COLUMNS:
+                    lines.append([])
+                    column = 0
+                lines[-1].append(_Cell(shown, width, bits, begins))
+                begins, column = False, column + width
+            if character == "\n":
+                lines.append([])
+                column = 0
+        if len(lines) > PAGE_ROWS:
+            break
+    return [line for line in lines if line][:PAGE_ROWS]
+
+
+def _shown(character: str) -> list[tuple[str, int]]:
+    """Return what is drawn of a character, and how many columns each part takes: itself, or its code point."""
+    character = _SHOWN_AS.get(character, character)
+    if _font_with(character) is None:
+        return [(digit, 1) for digit in f"U+{ord(character):04X}"]
+    return [(character, 2 if east_asian_width(character) in "WF" else 1)]
+
+
+def _in_visual_order(line: list[_Cell]) -> list[_Cell]:
+    """Turn what is written from right to left, and not the numbers in it."""
+    letters, numbers = {"R", "AL"}, {"EN", "AN"}
+    ordered: list[_Cell] = []
+    for run in _runs(line, letters, letters | numbers, {"L"}):
+        if bidirectional(run[0].text[0]) not in letters:
+            ordered += run
+            continue
+        for part in _runs(run[::-1], numbers, numbers, letters | {"WS", "ON"}):
+            ordered += part[::-1] if bidirectional(part[0].text[0]) in numbers else part
+    return ordered
+
+
+def _runs(line: list[_Cell], begin: set[str], end: set[str], outside: set[str]) -> Iterator[list[_Cell]]:
+    """Cut a line into runs that begin and end with some kinds of characters and hold no others, and single cells."""
+    kinds = [bidirectional(cell.text[0]) for cell in line]
+    i = 0
+    while i < len(line):
+        stop = i + 1
+        for j in range(i, len(line) if kinds[i] in begin else i):
+            if kinds[j] in outside:
+                break
+            stop = j + 1 if kinds[j] in end else stop
+        yield line[i:stop]
+        i = stop
+
+
+def _draw_cell(draw: Any, x: int, y: int, cell: _Cell, most: float) -> None:
+    background = surprisal_colour(cell.bits / most)
+    draw.rectangle((x, y, x + cell.width * _CELL[0] - 1, y + _CELL[1] - 1), fill=background)
+    font = _font(_font_with(cell.text[0]) or _own_font(), _FONT_SIZE)
+    # On one line whatever the font.
+    draw.text((x, y + 14), cell.text, font=font, fill="white" if is_dark(background) else "black", anchor="ls")
+
+
+def _draw_scale(draw: Any, font: Any, most: float) -> None:
+    """Draw the colours from 0 bits to `most`, with figures."""
+    left, top, length = _MARGIN, 32, 330
+    for i in range(length):
+        draw.line((left + i, top, left + i, top + 12), fill=surprisal_colour(i / length))
+    draw.rectangle((left, top, left + length, top + 12), outline="#888888")
+    every = max(1, math.ceil(most / 8))
+    for bits in range(0, math.floor(most) + 1, every):
+        draw.text((left + bits * length / most, top + 15), str(bits), font=font, fill="black", anchor="ma")
+    for line, words in enumerate(("bits: light was expected, dark was a surprise", "| a sequence begins")):
+        draw.text((left + length + 20, top - 4 + 18 * line), words, font=font, fill="black")
+
+
+def _own_font() -> str:
     from matplotlib import get_data_path  # noqa: PLC0415  # Its own font of fixed width is on every machine.
 
     return f"{get_data_path()}/fonts/ttf/DejaVuSansMono.ttf"
 
 
-def _font(size: int) -> Any:
+@lru_cache(maxsize=64)
+def _font(path: str, size: int) -> Any:
     from PIL import ImageFont  # noqa: PLC0415
 
-    return ImageFont.truetype(_font_path(), size)
+    return ImageFont.truetype(path, size)
 
 
-def _drawable_characters() -> set[int]:
+@lru_cache(maxsize=4096)
+def _font_with(character: str) -> str | None:
+    """Return a font that has a character: our own, or one of the system; None if there is none."""
+    from matplotlib.font_manager import fontManager  # noqa: PLC0415
+
+    if ord(character) in _characters(_own_font()):
+        return _own_font()
+    paths = sorted({font.fname for font in fontManager.ttflist})
+    return next((path for path in paths if ord(character) in _characters(path)), None)
+
+
+@lru_cache(maxsize=512)
+def _characters(path: str) -> frozenset[int]:
+    """Return the characters that can be drawn with a font: of pictures, such as emoji, none."""
     from matplotlib.ft2font import FT2Font  # noqa: PLC0415
 
-    return set(FT2Font(_font_path()).get_charmap())
+    try:
+        _font(path, _FONT_SIZE)
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError):  # Such as a font of one size.
+        return frozenset()

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tensorboard.compat import tf
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
@@ -102,6 +103,13 @@ class Dashboard:
     def add_text(self, tag: str, html: str, step: int) -> None:
         """Write a page of text."""
         self.writer.add_text(self._logger_prefix + tag, html, step)
+
+    def add_page(self, tag: str, html: str, step: int) -> None:
+        """Write a file beside those of the writer, in place of an older one: TensorBoard shows no pages."""
+        with tf.io.gfile.GFile(
+            f"{self.writer.log_dir}/{(self._logger_prefix + tag).replace('/', '_')}.html", "w"
+        ) as file:
+            file.write(html)
 
     def overlay(self, stage: str, values: Mapping[str, float], step: int) -> None:
         """Write the readings of a stage once more, in a run of its own under the same tags, hence in its own colour."""
