@@ -109,8 +109,8 @@ def test_a_token_without_text_is_a_piece_of_its_own() -> None:
 
 def test_what_is_not_scored_is_left_out() -> None:
     """Padding has no text; without `decode` numbers are shown."""
-    losses, scored = [[LN_2, 2 * LN_2, 0.0, 9.0], [1.0] * 4], [[True, True, True, False], [False] * 4]
-    page = write_page([[1, 2, 1, -100], [7] * 4], losses, scored, None, None)
+    losses, scored = [[9.0, LN_2, 2 * LN_2, 0.0], [1.0] * 4], [[False, True, True, True], [False] * 4]
+    page = write_page([[-100, 1, 2, 1], [7] * 4], losses, scored, None, None)
     assert page == [[Piece("1 ", 1.0, (1,)), Piece("2 ", 2.0, (2,)), Piece("1 ", 0.0, (1,))]]
 
 
