@@ -85,8 +85,8 @@ def plot_metrics() -> None:
             values[name].append(metric(*args, **named))
             metric.reset()
     for name, metric in METRICS.items():
-        figure = metric.plot(values[name])[0]
-        figure.set_layout_engine("constrained")
+        named = {"group_names": ["web", "code", "books"]} if isinstance(metric, xm.GroupedCrossEntropy) else {}
+        figure = metric.plot(values[name], **named)[0]
         figure.savefig(FOLDER / f"{name}.svg", metadata={"Date": None})
 
 
