@@ -46,7 +46,7 @@ docs: $(DOCS)/ready  ## build the site in build/site, in its own environment; wa
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 pictures: $(READY)  ## draw the plots of the site again (PICTURES='--run FOLDER' also shows a run)
-	$(BIN)/python -m tests.pictures $(PICTURES)
+	$(BIN)/python -m tests.site_pictures $(PICTURES)
 
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)

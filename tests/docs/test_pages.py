@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import xent_metrics
-from tests import pictures
-from xent_metrics import functional, lightning, tensorboard
+from xent_metrics import functional
 from xent_metrics.losses.mistakes import MISTAKES
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +38,8 @@ def test_every_block_runs_as_written(code: str, output: str, tmp_path, monkeypat
 
 def test_every_public_name_is_on_one_page() -> None:
     """Whoever looks for a name finds its docstring, once."""
+    from xent_metrics import lightning, tensorboard  # noqa: PLC0415  # Slow to import.
+
     names = [f"xent_metrics.{name}" for name in xent_metrics.__all__ if name != "functional"]
     for module in (functional, lightning, tensorboard):
         names += [f"{module.__name__}.{name}" for name in module.__all__]
@@ -92,7 +93,9 @@ def test_every_mistake_that_is_counted_is_on_the_page_of_errors(mistake) -> None
 
 def test_every_plot_of_a_page_can_be_drawn_again() -> None:
     """A metric without a picture is missing in the script, or the script was not run."""
+    from tests import site_pictures  # noqa: PLC0415  # Slow to import.
+
     drawn = {path.stem for path in (ROOT / "docs" / "pictures").glob("*.svg")}
-    assert drawn == set(pictures.METRICS)
+    assert drawn == set(site_pictures.METRICS)
     shown = re.findall(r"\.\./pictures/(\w+)\.svg", "\n".join(PAGES.values()))
     assert sorted(shown) == sorted(drawn)

@@ -1,7 +1,7 @@
 """Draws the pictures of the site: what `metric.plot()` shows of each metric, and what TensorBoard shows of a run.
 
-python -m tests.pictures                                     # plots only
-python -m tests.pictures --run runs/char_lm/topics/version_0    # and a run, such as the demo's; needs Chromium
+python -m tests.site_pictures                                     # plots only
+python -m tests.site_pictures --run runs/char_lm/topics/version_0    # and a run, such as the demo's; needs Chromium
 """
 
 import argparse
