@@ -8,8 +8,8 @@ from typing import Any
 
 import griffe
 
-# Sections that Griffe does not know would become boxes; and of what a class returns it would look for a type.
-OWN = "Shapes|Source|Values|Costs|Logged metrics"
+# Sections that Griffe does not know would become boxes; and what stands before a colon in "Returns" would be a type.
+OWN = "Shapes|Returns|Source|Values|Costs|Logged metrics"
 BODY = r":\n((?:    .*(?:\n|\Z)|\n)+)"
 PROMPT = re.compile(r"^>>> .*", flags=re.DOTALL | re.MULTILINE)
 
@@ -21,8 +21,7 @@ class Docstrings(griffe.Extension):
         """Change the docstring of a module, class or function."""
         if obj.docstring is None:
             return
-        names = f"{OWN}|Returns" if obj.is_class else OWN
-        text = re.sub(f"^({names}){BODY}", _as_text, obj.docstring.value, flags=re.MULTILINE)
+        text = re.sub(f"^({OWN}){BODY}", _as_text, obj.docstring.value, flags=re.MULTILINE)
         text = text.replace("Example::\n", "For example:\n")
         obj.docstring.value = PROMPT.sub(lambda found: "Examples:\n" + indent(found[0], "    "), text)
 
