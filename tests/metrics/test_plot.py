@@ -52,7 +52,7 @@ def curve(axes: Any, label: str) -> list[tuple[float, float]]:
         (BitsPerToken(), "bits per token"),
         (Perplexity(), "perplexity"),
         (CrossEntropyReport(), "cross-entropy (nats per target)"),
-        (CrossEntropyDifference(), "cross-entropy of b less that of a (nats per target)"),
+        (CrossEntropyDifference(), "cross-entropy of b less a (nats per target)"),
     ],
 )
 def test_the_axis_has_a_unit(metric: Any, label: str, axes: Any) -> None:

@@ -125,7 +125,7 @@ class CrossEntropyDifference(TallyMetric):
     (tensor(-2.0794, dtype=torch.float64), tensor(0.1250, dtype=torch.float64))
     """
 
-    _QUANTITY, _UNIT = "cross-entropy of b less that of a", "nats"
+    _QUANTITY, _UNIT = "cross-entropy of b less a", "nats"
     plot_lower_bound = None
     _NUM_POSITIONAL = 3
     _tally_function = staticmethod(tally_difference)
