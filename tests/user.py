@@ -164,8 +164,7 @@ def use_dashboards(folder: str) -> str:
     with SummaryWriter(folder) as writer:
         dashboard = Dashboard(writer, ["layout", "descriptions"], ["cross_entropy"])
         dashboard.describe_new_tags(["val/cross_entropy"])
-        layout: Any = build_layout(groups=["web"])
-        add_layout(writer, merge_layouts(layout))  # pyright: ignore[reportUnknownArgumentType]
+        add_layout(writer, merge_layouts(build_layout()))  # pyright: ignore[reportUnknownArgumentType]
         dashboard.close()
     assert read_layout(folder) is not None
     return (describe_tag("val/cross_entropy") or "") + summarise({"lr": 1e-3}, {"val/cross_entropy": 1.0}, {})

@@ -34,10 +34,13 @@ assert xent_metrics.__version__ == importlib.metadata.version("xent-metrics")
 
 
 def run(*command: str | Path, cwd: Path) -> None:
-    """Say what is run, and run it."""
+    """Say what is run, and run it; end with what it printed if it fails."""
     words = [str(word) for word in command]
     print("$", shlex.join(words), flush=True)
-    subprocess.run(words, cwd=cwd, env=VARIABLES, stdin=subprocess.DEVNULL, check=True)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run(words, cwd=cwd, env=VARIABLES, text=True, check=False, **pipes)
+    if done.returncode:
+        raise SystemExit(f"{done.stdout}\nThis ended with {done.returncode}.")
 
 
 def files_of(folder: Path, *parts: str) -> set[str]:
