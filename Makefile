@@ -17,6 +17,10 @@ WHEEL := .venv-wheel
 READY := $(VENV)/ready
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
+# The tools keep their caches in the environment, so that they work on a checkout that cannot be written to.
+export RUFF_CACHE_DIR := $(VENV)/cache/ruff
+export MYPY_CACHE_DIR := $(VENV)/cache/mypy
+
 # An environment whose interpreter no longer starts is not ready.
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
@@ -48,7 +52,8 @@ wheel: $(WHEEL)/ready  ## build the package, and check it as those have it who i
 	$(WHEEL)/bin/python -m tests.wheel
 
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+	HYPOTHESIS_STORAGE_DIRECTORY="$$(realpath $(VENV))/cache/hypothesis" \
+		$(BIN)/python -m pytest -o cache_dir=$(VENV)/cache/pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and formatting, and what a forge reads
 	$(BIN)/python -m ruff check
