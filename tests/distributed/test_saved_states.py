@@ -19,7 +19,7 @@ from tests.distributed.shares import Data, alone, bits, distributed, error, made
 from xent_metrics import CrossEntropy
 
 NAMES = ("CrossEntropyReport", "GroupedCrossEntropy")
-OLD = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_of_0_1_0.json").read_text())
+OLD = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_before_0_1_0.json").read_text())
 
 
 def make_model(name: str) -> Any:
@@ -153,7 +153,7 @@ def load_in_groups(rank: int) -> dict[str, Any]:
     del unknown["tally"]["share"]
     seen["unknown"] = error(lambda: CrossEntropy().load_state_dict(unknown))
     old = OLD["CrossEntropy"]
-    seen["0.1.0"] = error(lambda: CrossEntropy().load_state_dict({old["key"]: torch.tensor(old["state"])}))
+    seen["before 0.1.0"] = error(lambda: CrossEntropy().load_state_dict({old["key"]: torch.tensor(old["state"])}))
     return seen
 
 
@@ -164,5 +164,5 @@ def test_a_state_of_some_ranks_loads_on_these(tmp_path: Path) -> None:
         expected = alone("CrossEntropy", rows_of([rank % 2, rank % 2 + 2]))
         assert seen["share"] == [rank // 2, 2]
         assert seen["group"] == seen["alone"] == expected
-        for name in ("unknown", "0.1.0"):
+        for name in ("unknown", "before 0.1.0"):
             assert f"loads it, {rank} of 4, but this one does not say of which rank it is; save" in seen[name], name

@@ -126,8 +126,8 @@ def assert_equal_states(actual: dict[str, Any], expected: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": ["even", "odd"], "token_bytes": [1] * K}], ids=["", "everything"])
-def test_a_state_of_this_version_and_one_of_0_1_0_load_as_the_same(tmp_path, options) -> None:
-    """Release 0.1.0 saved no version, and other names."""
+def test_a_state_of_this_version_and_one_of_before_0_1_0_load_as_the_same(tmp_path, options) -> None:
+    """Versions before 0.1.0 saved none, and other names."""
     state = state_of_a_fit(tmp_path, **options)
     tallies = state["tallies"]
     assert tallies["reduced_not_logged"][0].any()

@@ -31,7 +31,7 @@ from xent_metrics import (
 )
 from xent_metrics.metrics.saved_state import FORMAT_VERSION
 
-OLD_STATES = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_of_0_1_0.json").read_text())
+OLD_STATES = json.loads(Path(__file__).parent.with_name("fixtures").joinpath("states_before_0_1_0.json").read_text())
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -274,7 +274,7 @@ def test_the_state_of_one_rank_of_several_is_refused_alone() -> None:
     assert other.compute() == pytest.approx(math.log(8))
 
 
-# What version 0.1.0 saved.
+# What versions before 0.1.0 saved.
 
 
 def make_old(old: dict[str, Any], **options: Any) -> Any:
@@ -285,7 +285,7 @@ def make_old(old: dict[str, Any], **options: Any) -> Any:
 
 @pytest.mark.parametrize("within", ["", "0."])
 @pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
-def test_states_of_0_1_0_are_converted(old: dict[str, Any], within: str) -> None:
+def test_states_of_before_0_1_0_are_converted(old: dict[str, Any], within: str) -> None:
     """What the first version saved loads into a metric that is configured alike, and reads the same, but intervals."""
     metric = persistent(make_old(old))
     module = nn.Sequential(metric) if within else metric
@@ -298,19 +298,21 @@ def test_states_of_0_1_0_are_converted(old: dict[str, Any], within: str) -> None
 
 
 @pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
-def test_other_states_of_0_1_0_are_refused(old: dict[str, Any]) -> None:
+def test_other_states_of_before_0_1_0_are_refused(old: dict[str, Any]) -> None:
     """What a differently configured metric of the first version saved is refused with what to do."""
     metric = make_old({**old, "options": {**old["options"], "ignore_index": 1}})
-    with pytest.raises(ValueError, match=rf"but version 0.1.0 saved {old['key']}, .*; load it into a metric that is"):
+    with pytest.raises(
+        ValueError, match=rf"but a version before 0.1.0 saved {old['key']}, .*; load it into a metric that is"
+    ):
         metric.load_state_dict({old["key"]: torch.tensor(old["state"])})
 
 
 @pytest.mark.parametrize("old", OLD_STATES.values(), ids=OLD_STATES)
-def test_a_state_of_0_1_0_is_one_of_eager_losses(old: dict[str, Any]) -> None:
+def test_a_state_of_before_0_1_0_is_one_of_eager_losses(old: dict[str, Any]) -> None:
     """The first version gave the states of backends with the same bits one name, and those of compiled ones another."""
     state = {old["key"]: torch.tensor(old["state"])}
     metric = make_old(old, backend="eager")
     metric.load_state_dict(state)
     assert torch.equal(metric.tally.state, state[old["key"]])
-    with pytest.raises(ValueError, match=r"but version 0\.1\.0 saved"):
+    with pytest.raises(ValueError, match=r"but a version before 0\.1\.0 saved"):
         make_old(old, backend="compile").load_state_dict(state)

@@ -23,7 +23,7 @@ _MAX_BATCHES = 64  # from so many batches, at 2 KB each.
 STATE_VERSION = 1
 """Changes whenever a saved state gets another meaning."""
 
-# What is saved, and what release 0.1.0 called it, whose states have no version.
+# What is saved, and what versions before 0.1.0 called it, whose states have no version.
 _NAMES = {"reduced_not_logged": "earlier", "epoch": "epoch", "run_total": "seen"}
 
 
@@ -230,8 +230,8 @@ def _converted(state_dict: Mapping[str, Any], groups: list[str]) -> Mapping[str,
         return {"tallies": tallies, "best_bits_per_token": state_dict["best"], "groups": groups}  # It named none.
     if version != STATE_VERSION:
         raise ValueError(
-            f"`state_dict` must be of version {STATE_VERSION}, which this release of xent_metrics saves, or of release "
-            f"0.1.0, got version {version!r}; load it with the release that saved it, or start the run anew."
+            f"`state_dict` must be of version {STATE_VERSION}, which this release of xent_metrics saves, or of one "
+            f"before 0.1.0, got version {version!r}; load it with the release that saved it, or start the run anew."
         )
     missing = [name for name in ("groups", "tallies", "best_bits_per_token") if name not in state_dict]
     missing = missing or [f"tallies.{name}" for name in _NAMES if name not in state_dict["tallies"]]

@@ -144,8 +144,8 @@ def part_of_rank(state: Tensor, share: Share | None, place: Share) -> Tensor:
     )
 
 
-def name_in_0_1_0(update: str, decides: Mapping[str, Any], own: Tensor) -> str:
-    """Return the key under which version 0.1.0 saved the state of a metric with this update."""
+def name_before_0_1_0(update: str, decides: Mapping[str, Any], own: Tensor) -> str:
+    """Return the key under which a version before 0.1.0 saved the state of a metric with this update."""
     options = decides["options"]
     names = "input class_dim label_smoothing ignore_index eps label_smoothing_over shift backend"
     if isinstance(options, BinaryOptions):

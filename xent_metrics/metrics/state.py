@@ -19,7 +19,7 @@ from xent_metrics.metrics.atomic import AtomicMetric, atomic
 from xent_metrics.metrics.saved_state import (
     changed_settings,
     in_words,
-    name_in_0_1_0,
+    name_before_0_1_0,
     pack,
     part_of_rank,
     state_name,
@@ -203,7 +203,7 @@ class TallyState(AtomicMetric):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a saved state; raise ValueError if a metric with another update, or another rank, saved it."""
         update, decides, own, share = self._tally_function.__name__, self._update_options(), self.tally.state, None
-        old_name = name_in_0_1_0(update, decides, own)
+        old_name = name_before_0_1_0(update, decides, own)
         old_keys = [key for key in state_dict if key.startswith(f"{prefix}tally_") and key != prefix + self._state_name]
         state = state_dict.pop(prefix + old_name, None)
         if prefix + SAVED_AS in state_dict:
@@ -211,7 +211,7 @@ class TallyState(AtomicMetric):
             state, share = unpack(saved, update, decides, self._settings, own)
         elif state is None and old_keys:
             raise ValueError(
-                f"`{SAVED_AS}` must come from a metric with the same options, but version 0.1.0 saved "
+                f"`{SAVED_AS}` must come from a metric with the same options, but a version before 0.1.0 saved "
                 f"{', '.join(old_keys)}, where {prefix}{old_name} belongs to this {type(self).__name__} with "
                 f"{self.options}; load it into a metric that is configured as the one that saved it."
             )
