@@ -79,4 +79,4 @@ def test_what_a_user_writes_runs(tmp_path: Path) -> None:
     assert set(user.use_metrics(logits, target)) > {"perplexity", "a", "by_group", "binary"}
     assert user.use_functions(logits, target) > 0
     assert user.use_data().tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
-    assert "`val/cross_entropy`" in user.use_dashboards(str(tmp_path))
+    assert "Cross-entropy in **nats**" in user.use_dashboards(str(tmp_path))
