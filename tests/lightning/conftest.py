@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lightning.pictures import leave_blank
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _blank_pictures() -> Iterator[None]:
+    from tests.pictures import leave_blank  # noqa: PLC0415  # As in the conftest above.
+
     with pytest.MonkeyPatch.context() as patch:
         leave_blank(patch)
         yield

@@ -22,7 +22,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.lightning.fits import (
     NUM_TRAIN,
     Data,

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Sampler
 
 from tests.distributed.ranks import run_ranks as run_world
-from tests.lightning.pictures import without_drawing
+from tests.pictures import without_drawing
 from xent_metrics.tally.tally import STATE_SIZE
 
 K = 20

@@ -21,7 +21,7 @@ from torchmetrics import MetricCollection
 
 import xent_metrics
 from tests.cases import CASES, GROUPS, TOKEN_BYTES, Batch, Case, make_batches, numbers
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.losses.test_dense import FLOATS, judge, tolerance
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyDifference, LinearLogits, Perplexity, functional
 from xent_metrics.functional import cross_entropy, per_target_losses
