@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="module")
 def _blank_pictures() -> Iterator[None]:
-    from tests.pictures import leave_blank  # noqa: PLC0415  # As in the conftest above.
+    from tests.blank_pictures import leave_blank  # noqa: PLC0415  # As in the conftest above.
 
     with pytest.MonkeyPatch.context() as patch:
         leave_blank(patch)

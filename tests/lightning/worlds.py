@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Sampler
 
+from tests.blank_pictures import without_drawing
 from tests.distributed.ranks import run_ranks as run_world
-from tests.pictures import without_drawing
 from xent_metrics.tally.tally import STATE_SIZE
 
 K = 20

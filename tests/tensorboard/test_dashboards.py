@@ -23,8 +23,8 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch.utils.data import DataLoader
 
+from tests.blank_pictures import leave_blank
 from tests.browser import serve
-from tests.pictures import leave_blank
 from tests.tensorboard.texts import TEXTS, UNPRINTABLE
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.lightning.dashboards import Dashboards
