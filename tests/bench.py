@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional.text import perplexity
 from torchmetrics.text import Perplexity
 
-from tests.conftest import allocator_peak
 from tests.distributed.ranks import Collectives, run_ranks
+from tests.instruments import allocator_peak
 from tests.score_rows import true_losses
 from xent_metrics import CrossEntropy, CrossEntropyReport, LinearLogits
 from xent_metrics.functional import cross_entropy

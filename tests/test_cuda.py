@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import CASES, FORMS, Case, Form, filled, named, numbers
-from tests.conftest import copy_constants
+from tests.instruments import copy_constants
 from tests.losses.test_ignored_rows import LAYOUTS, MASKS
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, LinearLogits, Tally, functional
 from xent_metrics.functional import binary_cross_entropy, per_target_losses

@@ -131,7 +131,7 @@ def test_a_sequence_is_as_wide_as_its_sum(
     loss, rest = whole // length + share * (1 - 2.0**-20), whole % length
     row = [loss + rest, *[loss] * (length - 1)]
     totals = tally_losses(TargetLosses(doubles([row, [0.0] * length]))).totals()
-    total = sum(map(Fraction, row))
+    total = Fraction(row[0]) + (length - 1) * Fraction(loss)
     fits = total < 2**26
     assert totals.wide_sequences == (not fits)
     assert totals.loss_loss == (total * 2**36) ** 2 * fits

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 # What takes seconds to import is imported once, by a server process that every rank is forked from.
 _SLOW_IMPORTS = [
     "torch._dynamo", "torch.distributed.tensor.parallel", "torchmetrics", "pytest", "lightning.pytorch",
-    "pytorch_lightning", "torch.utils.tensorboard",
+    "pytorch_lightning", "torch.utils.tensorboard", "torch.distributed.checkpoint", "xent_metrics.lightning",
+    "tests.cases", "tests.lightning.worlds",
 ]  # fmt: skip
 _GRACE = 5.0  # Seconds that ranks get to end by themselves when one of them has failed.
 

@@ -43,6 +43,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _blank_pictures() -> None:
+    """Draw, unlike other tests of fits: what was drawn is looked at."""
+
+
 class Kept(NamedTuple):
     """What a logger keeps by tag: values, pictures and pages, with their steps; MLflow's pages have none."""
 

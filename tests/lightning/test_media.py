@@ -16,6 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches:U
 PICTURES = ["distribution", "by_position", "surprisal"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _blank_pictures() -> None:
+    """Draw, unlike other tests of fits: what was drawn is looked at."""
+
+
 class Experiment:
     """What of Comet's is called, with the same arguments; it may fail."""
 

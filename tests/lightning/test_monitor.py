@@ -22,7 +22,7 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningCLI
 
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.lightning.fits import (
     NUM_TRAIN,
     Data,
@@ -220,13 +220,16 @@ ARGUMENTS = {
     "extras": {"extras": ["z_loss"]},
     "bar": {"prog_bar": ["perplexity"]},
     "ranks": {"process_group": ["data_parallel"], "sequence_group": "tensor_parallel"},
+    "several": {"token_bytes": NUM_BYTES, "groups": ["even", "odd"], "backend": "eager", "prog_bar": ["perplexity"]},
 }
+QUICK = {("none", "lightning.pytorch"), ("nulls", "pytorch_lightning"), ("extract", "pytorch_lightning")}
+QUICK |= {("readings", "lightning.pytorch"), ("several", "lightning.pytorch")}
 
 
 def arguments_and_packages() -> Iterator[Any]:
-    """Yield arguments and packages: all arguments, and every second one in the other package; the rest is slow."""
-    for (i, arguments), (j, package) in itertools.product(enumerate(ARGUMENTS), enumerate(PACKAGES)):
-        yield pytest.param(arguments, package, marks=() if i % 4 == 2 * j else pytest.mark.slow)
+    """Yield arguments and packages: most arguments, several of them together, in either package; the rest is slow."""
+    for pair in itertools.product(ARGUMENTS, PACKAGES):
+        yield pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("arguments", "package"), [*arguments_and_packages()])

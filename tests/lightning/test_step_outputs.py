@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Operators
+from tests.instruments import Operators
 from xent_metrics import LinearLogits, Tally, functional
 from xent_metrics.lightning.step_outputs import OutputReader, StepOutputs
 from xent_metrics.lightning.windows import Pool

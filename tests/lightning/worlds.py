@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Sampler
 
+from tests.blank_pictures import without_drawing
 from tests.distributed.ranks import run_ranks as run_world
 from xent_metrics.tally.tally import STATE_SIZE
 
@@ -32,8 +32,15 @@ COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_to_all_single", "barrier",
     "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce", "reduce_scatter", "scatter",
 )  # fmt: skip
-# Where a run fails on one rank, or Lightning says goodbye, nobody waits for the others.
-run_ranks = partial(run_world, timeout=90.0, rank_first=False, together=False)
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, tmp_path: Path, timeout: float = 90.0) -> Any:
+    """Call a function on ranks that draw nothing.
+
+    Where a run fails on one rank, or Lightning says goodbye, nobody waits for the others.
+    """
+    how = {"tmp_path": tmp_path, "timeout": timeout, "rank_first": False, "together": False}
+    return run_world(world_size, without_drawing, function, *args, **how)
 
 
 class World(ClusterEnvironment):

@@ -71,8 +71,10 @@ def test_buffers(soft: bool, num_classes: int, dtype: torch.dtype, monkeypatch: 
     assert [start for x in given for start in starts(x) if start] == []
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize(
+    ("weighed", "smoothing"),
+    [(False, 0.0), (True, 0.1), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((True, 0.0), (False, 0.1)))],
+)
 @pytest.mark.parametrize("dtype", [*FLOATS[:2], pytest.param(FLOATS[2], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("num_classes", [2, 5, 50, 127, 129, *ODD])
 def test_sums(num_classes: int, dtype: torch.dtype, weighed: bool, smoothing: float) -> None:

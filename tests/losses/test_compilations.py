@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,24 +122,6 @@ def test_kernels_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # `"auto"`.
 
-UNASKED = """
-import sys, torch
-from xent_metrics import BinaryCrossEntropy, CrossEntropy
-for backend in ("auto", "eager"):
-    for target in (torch.zeros(300, dtype=torch.int64), torch.full((300, 5000), 1 / 5000)):
-        metric = CrossEntropy(backend=backend)
-        metric.update(torch.randn(300, 5000), target)
-        metric.compute()
-    BinaryCrossEntropy(backend=backend).update(torch.randn(300), torch.ones(300))
-assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
-"""
-
-
-def test_the_compiler_is_not_even_imported() -> None:
-    """Without `"compile"` nothing of the compiler is loaded, which takes seconds."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNASKED], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 def test_nothing_is_compiled_unasked(backend: Any) -> None:
@@ -242,7 +222,6 @@ def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
 
 def test_eager_is_a_part_in_blocks() -> None:
     """Losses that are to be made a few rows at a time are also there."""
-    assert graph_of("eager", 20).passes == 1
     assert graph_of("eager", 150).passes == 3  # Of 65 rows, which are 2 MiB.
 
 

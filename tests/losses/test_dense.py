@@ -211,7 +211,7 @@ def test_same_bits_for_any_batching(num_classes: int, dtype: torch.dtype, mode: 
         target = torch.rand(rows, num_classes).softmax(-1)
     expected = hexadecimal(per_target_losses(preds, target, **options))
     second, soft_second = (x.t().contiguous()[None] if x.dim() == 2 else x[None] for x in (preds, target))
-    for threads, size in itertools.product((1, 2, 5), (1, 8, rows)):
+    for threads, size in ((1, 1), (1, 8), (2, rows), (5, 8)):
         torch.set_num_threads(threads)
         last, other = [], []
         for start in range(0, rows, size):

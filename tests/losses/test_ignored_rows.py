@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.losses.test_dense import FLOATS, hexadecimal, judge, tolerance
 from xent_metrics import CrossEntropy, CrossEntropyReport
 from xent_metrics.functional import cross_entropy, per_target_losses
@@ -388,6 +388,7 @@ print(tracemalloc.get_traced_memory()[1])
 """
 
 
+@pytest.mark.slow
 def test_first_update_that_skips_rows_holds_no_more_than_others() -> None:
     """In any layout Python's memory stays small: some functions of PyTorch import 33 MB when they are first called."""
     command = [sys.executable, "-W", "ignore", "-c", FIRST_UPDATES]

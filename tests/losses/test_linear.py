@@ -21,7 +21,7 @@ from torchmetrics import MetricCollection
 
 import xent_metrics
 from tests.cases import CASES, GROUPS, TOKEN_BYTES, Batch, Case, make_batches, numbers
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.losses.test_dense import FLOATS, judge, tolerance
 from xent_metrics import BitsPerToken, CrossEntropy, CrossEntropyDifference, LinearLogits, Perplexity, functional
 from xent_metrics.functional import cross_entropy, per_target_losses
@@ -275,21 +275,20 @@ def test_no_graph() -> None:
 # What is multiplied.
 
 
-@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("num_classes", "dtype", "num_rows", "expected"),
+    ("num_classes", "dtype", "num_rows", "bias", "expected"),
     [
-        (32000, torch.float32, 1024, [512, 512]),
-        (32000, torch.float32, 1025, [342, 342, 341]),
-        (128256, torch.float32, 512, [128] * 4),
-        (128256, torch.bfloat16, 512, [256, 256]),
-        (128256, torch.float64, 256, [128, 128]),
-        (256000, torch.float32, 129, [65, 64]),
-        (10, torch.float32, 511, [511]),
+        (32000, torch.float32, 1024, False, [512, 512]),
+        (32000, torch.float32, 1025, True, [342, 342, 341]),
+        (128256, torch.float32, 512, False, [128] * 4),
+        (128256, torch.bfloat16, 512, True, [256, 256]),
+        (128256, torch.float64, 256, False, [128, 128]),
+        (256000, torch.float32, 129, True, [65, 64]),
+        (10, torch.float32, 511, False, [511]),
     ],
 )
 def test_hundreds_of_rows_at_once(
-    num_classes: int, dtype: torch.dtype, num_rows: int, expected: list[int], bias: bool
+    num_classes: int, dtype: torch.dtype, num_rows: int, bias: bool, expected: list[int]
 ) -> None:
     """Parts of 63 MiB of logits, of 128 to 512 rows and about equally many, all of them in one buffer."""
     hidden, weight = torch.randn(num_rows, 2).to(dtype), torch.randn(num_classes, 2).to(dtype)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.cases import Batch, Case, numbers
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.losses.test_dense import FLOATS, judge, tolerance
 from tests.losses.test_linear import OF_LOGITS, D, V, factors, make_head, make_target
 from xent_metrics import CrossEntropy, CrossEntropyReport, LinearLogits

@@ -140,17 +140,21 @@ def raised(error: type[Exception] | tuple[type[Exception], ...], call: Callable[
     return message
 
 
-def assert_no_trace(name: str, call: str, batch: Batch, options: Mapping[str, Any], good: Batch, error: Any) -> str:
-    """Refuse a batch before and after a good one: state, count and value stay, and so does whatever comes later."""
+def assert_no_trace(name: str, batch: Batch, options: Mapping[str, Any], good: Batch, error: Any) -> str:
+    """Refuse a batch before a good one, and after one: state, count and value stay, and so does whatever comes later.
+
+    A new metric is to refuse it in `update`, and one with a state in `forward`.
+    """
     message = ""
-    for fresh in (True, False):
+    for call in ("update", "forward"):
         metric, expected = KINDS[name].make(**options), KINDS[name].make(**options)
+        fresh = call == "update"
         for each in (metric, expected):
             if not fresh:
                 each.update(**KINDS[name].chosen(good))
         before = None if fresh else bits(metric.compute())
         state, count = metric.tally.state.clone(), metric.update_count
-        message = raised(error, lambda metric=metric: getattr(metric, call)(**KINDS[name].chosen(batch)))
+        message = raised(error, lambda m=metric, c=call: getattr(m, c)(**KINDS[name].chosen(batch)))
         assert torch.equal(metric.tally.state, state)
         assert metric.update_count == count
         assert fresh or bits(metric.compute()) == before

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 
 import xent_metrics
 from tests.cases import CASES, Batch, bits, filled, make_batches, metric_classes, numbers
-from tests.conftest import Operators
+from tests.instruments import Operators
 from xent_metrics import (
     BinaryCrossEntropy,
     BitsPerByte,

@@ -24,7 +24,7 @@ from tests.cases import (
     numbers,
     some_rows,
 )
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.metrics.conformance import assert_close, each_case
 from xent_metrics import BinaryCrossEntropy, GroupedCrossEntropy
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import named
-from tests.conftest import Operators
+from tests.instruments import Operators
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, CrossEntropyReport, GroupedCrossEntropy
 
 VIEWS = [

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.cases import FORMS, Form
-from tests.conftest import Operators
+from tests.instruments import Operators
 from xent_metrics import CrossEntropy, CrossEntropyReport, Tally, functional
 
 K = 5

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.metrics.quantities import GROUPS, ROWS, K, T, bits, distributions, filled, losses_of, ragged, read
 from xent_metrics import CrossEntropy, GroupedCrossEntropy, functional
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cases import CASES, SIZES, Batch, Case, bits, numbers, some_rows, together
-from tests.conftest import Operators
+from tests.instruments import Operators
 from tests.strategies import examples, partitions, relaxed
 
 ROWS = sum(SIZES)

@@ -19,8 +19,8 @@ from tests.cases import (
     bits,
     filled,
 )
-from tests.conftest import Operators
-from tests.metrics.conformance import assert_close, each_case
+from tests.instruments import Operators
+from tests.metrics.conformance import assert_close, each_case, each_state
 from xent_metrics import CrossEntropy, GroupedCrossEntropy
 
 COPIES: dict[str, Callable[[Any], Any]] = {
@@ -49,7 +49,7 @@ def of_two_ranks(other: Any) -> dict[str, Any]:
     return {"distributed_available_fn": lambda: True, "dist_sync_fn": lambda x, group: [x, other.tally.state]}
 
 
-@each_case
+@each_state
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
 def test_copies(case: Case, copy: Callable[[Any], Any]) -> None:
     """A copy, of a new metric or of one that has been updated, has the same value and a life of its own."""
@@ -70,7 +70,7 @@ def test_copies(case: Case, copy: Callable[[Any], Any]) -> None:
     assert bits(other.compute()) == expected
 
 
-@each_case
+@each_state
 def test_hash(case: Case) -> None:
     """Two metrics differ, and one differs from what it was before each update, `forward` and reset."""
     batches = case.batches()
@@ -91,7 +91,7 @@ def test_hash(case: Case) -> None:
     assert metric in {metric}
 
 
-@each_case
+@each_state
 def test_state_dict(case: Case) -> None:
     """A persistent metric saves its state, and one that loads it goes on to the same bits; others save nothing."""
     batches = case.batches()
@@ -114,7 +114,7 @@ def test_state_dict(case: Case) -> None:
     assert torch.equal(modules[1][0].tally.state, modules[0][0].tally.state)
 
 
-@each_case
+@each_state
 def test_reset(case: Case) -> None:
     """After a reset there is nothing left, and what holds the old state keeps it."""
     batches = case.batches()
@@ -131,7 +131,7 @@ def test_reset(case: Case) -> None:
     assert bits(filled(metric, *batches).compute()) == bits(case.filled(*batches).compute())
 
 
-@each_case
+@each_state
 def test_inference_mode(case: Case) -> None:
     """A metric may be made, reset, updated and read inside inference mode or outside, in any order."""
     batches = case.batches()
@@ -153,7 +153,7 @@ def test_inference_mode(case: Case) -> None:
         assert bits(metric.compute()) == bits(deepcopy(metric).compute()) == expected, inside
 
 
-@each_case
+@each_state
 def test_casts_change_nothing(case: Case) -> None:
     """Casting a metric, or the module that holds it, casts neither state, defaults, tensors of options nor values."""
     batches = case.batches()
@@ -178,7 +178,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [*value.values()] if isinstance(value, dict) else [value]
 
 
-@each_case
+@each_state
 def test_moves_to_a_device(case: Case, operators: Operators) -> None:
     """State, defaults and tensors of options move together, and batches, values of batches and resets stay there."""
     batches = [
@@ -197,7 +197,7 @@ def test_moves_to_a_device(case: Case, operators: Operators) -> None:
     assert metric.tally.state.device.type == "meta"
 
 
-@each_case
+@each_state
 def test_compute_on_cpu(case: Case) -> None:
     """torchmetrics' `compute_on_cpu` and `compute_with_cache=False` change no value."""
     batches = case.batches()
@@ -227,7 +227,7 @@ def test_errors_leave_no_trace(case: Case) -> None:
     assert bits(filled(metric, *batches[1:]).compute()) == bits(case.filled(*batches).compute())
 
 
-@each_case
+@each_state
 def test_sync_options(case: Case) -> None:
     """`dist_sync_on_step` syncs the value of a batch, `sync_on_compute=False` reads one rank; neither stays synced."""
     elsewhere, *batches = case.batches()
@@ -256,7 +256,7 @@ def test_a_batch_whose_sync_failed_was_not_added() -> None:
     assert (metric.tally.totals().scored, metric.update_count, metric._is_synced) == (0, 0, False)
 
 
-@each_case
+@each_state
 def test_sync_and_unsync(case: Case) -> None:
     """Between `sync` and `unsync` the state is that of both ranks, a batch is refused, and afterwards all goes on."""
     batches = case.batches()
@@ -285,7 +285,7 @@ def test_sync_and_unsync(case: Case) -> None:
     assert bits(merged.compute()) == bits(case.filled(*batches).compute())
 
 
-@each_case
+@each_state
 @pytest.mark.parametrize("form", ["metric", "dict", "tally"])
 def test_merge(case: Case, form: str) -> None:
     """Merging is one more addition: of a metric, of its state, or of a tally, and the cached value is forgotten."""
@@ -313,7 +313,7 @@ def test_merge(case: Case, form: str) -> None:
     assert torch.equal(fresh.tally.state, other.tally.state)
 
 
-@each_case
+@each_state
 def test_merge_of_a_stranger_is_refused(case: Case) -> None:
     """What comes from a metric configured otherwise, from another class or from nowhere is refused without a trace."""
     batches = case.batches()

@@ -11,7 +11,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from tests.cases import CASES, CLASS_WEIGHT, TOKEN_BYTES, Case, bits, filled
-from tests.metrics.conformance import each_case
+from tests.metrics.conformance import each_state
 from xent_metrics import BinaryCrossEntropy, BitsPerByte, CrossEntropy, CrossEntropyReport, GroupedCrossEntropy
 
 
@@ -47,7 +47,7 @@ MOVES: dict[str, Callable[[Net], Any]] = {
 }
 
 
-@each_case
+@each_state
 def test_metrics_that_leave_the_meta_device(case: Case) -> None:
     """They are empty, whether they or their module are moved, and by which method."""
     batches = case.batches(weighed=True)
@@ -63,7 +63,7 @@ def test_metrics_that_leave_the_meta_device(case: Case) -> None:
         assert not metric.tally.state.any(), name
 
 
-@each_case
+@each_state
 def test_loading_after_the_meta_device(case: Case) -> None:
     """With `load_state_dict(assign=True)`, before the move or after it, a metric that was saved goes on."""
     batches = case.batches()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,6 @@ from tests.metrics.bad_input import (
     SPOT,
     Batch,
     bits,
-    each_call,
     each_kind,
     main,
     make_batch,
@@ -83,9 +83,15 @@ def expected_loss(name: str, loss: float, bad: float, spot: int | None) -> float
     return -loss if name.endswith("(a)") else loss
 
 
+BOTH_CALLS = [  # Each loss for each kind by one of the two; by the other one where time does not matter.
+    pytest.param(*param.values, call, id=f"{param.id}-{call}", marks=() if (i + j) % 2 else pytest.mark.slow)
+    for i, param in enumerate(LOSSES)
+    for j, call in enumerate(("update", "forward"))
+]
+
+
 @row(NONFINITE)
-@each_call
-@pytest.mark.parametrize(("name", "form", "bad", "spot", "loss"), LOSSES)
+@pytest.mark.parametrize(("name", "form", "bad", "spot", "loss", "call"), BOTH_CALLS)
 def test_losses_that_are_not_finite(name: str, form: str, bad: float, spot: int | None, loss: float, call: str) -> None:
     """One of them is propagated as in IEEE addition, omitted as if it were masked, or raised, and always counted."""
     kind = KINDS[name]
@@ -211,10 +217,16 @@ def test_the_difference_of_two_masks() -> None:
 UNSEEN = "NaN logits where the target is ignored or has weight 0"
 
 
+def unseen() -> Iterator[Any]:
+    """Yield every kind and input, for each way not to score a target, with one of the bad numbers in turn."""
+    forms = [(name, form) for name, kind in KINDS.items() for form in kind.inputs]
+    for (i, form), (j, how) in itertools.product(enumerate(forms), enumerate(("ignore_index", "weight", "mask"))):
+        bad = (math.nan, math.inf, -math.inf)[(i + j) % 3]
+        yield pytest.param(*form, bad, how, id=f"{'-'.join(form)}-{bad}-{how}")
+
+
 @row(UNSEEN)
-@pytest.mark.parametrize("how", ["ignore_index", "weight", "mask"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name, kind in KINDS.items() for form in kind.inputs])
+@pytest.mark.parametrize(("name", "form", "bad", "how"), [*unseen()])
 def test_what_is_not_scored_poisons_nothing(name: str, form: str, bad: float, how: str) -> None:
     """Not one bit changes, whatever the predictions are where they are not scored."""
     kind, batch = KINDS[name], make_batch(name, form)

@@ -19,7 +19,7 @@ from tests.cases import (
     filled,
     some_rows,
 )
-from tests.metrics.conformance import assert_close, each_case
+from tests.metrics.conformance import assert_close, each_state
 from xent_metrics import CrossEntropy, GroupedCrossEntropy, Perplexity
 
 # A number for a whole batch cannot be resampled.
@@ -27,7 +27,7 @@ RESAMPLED = {name: case for name, case in SCALAR.items() if case.data.get("extra
 each_scalar_case = pytest.mark.parametrize("case", SCALAR.values(), ids=SCALAR)
 
 
-@each_case
+@each_state
 @pytest.mark.parametrize("call", ["update", "forward"])
 def test_running(case: Case, call: str) -> None:
     """A window holds the pooled value of its last batches."""
@@ -42,7 +42,7 @@ def test_running(case: Case, call: str) -> None:
     assert bits(running.compute()) == bits(case.filled(batches[0]).compute())
 
 
-@each_case
+@each_state
 def test_tracker(case: Case) -> None:
     """A tracker keeps every step, and its best is the lowest."""
     batches = case.batches()[:2]
@@ -170,7 +170,7 @@ def test_perplexity_is_two_to_the_power_of_bits() -> None:
     assert value.item() == pytest.approx(filled(Perplexity(), *batches).compute().item(), rel=1e-14)
 
 
-@each_case
+@each_state
 def test_plot(case: Case) -> None:
     """Every class plots its present value, one value, and a list of values, on given axes too."""
     metric = case.metric()

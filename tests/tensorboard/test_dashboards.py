@@ -23,6 +23,7 @@ from tensorboard.plugins.hparams.metadata import (
 )
 from torch.utils.data import DataLoader
 
+from tests.blank_pictures import leave_blank
 from tests.browser import serve
 from tests.tensorboard.texts import TEXTS, UNPRINTABLE
 from xent_metrics.lightning import CrossEntropyMonitor
@@ -45,9 +46,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning"),
 ]
 
+blank_pictures = pytest.mark.usefixtures("_blank_pictures")
+
 K = 20
 PICTURES = ("distribution", "by_position", "surprisal")
 READINGS = ("cross_entropy", "bits_per_token", "perplexity")
+
+
+@pytest.fixture(name="_blank_pictures")
+def _leave_pictures_blank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw nothing, where something else is looked at."""
+    leave_blank(monkeypatch)
 
 
 class Table(LightningModule):
@@ -330,6 +339,7 @@ class Plain(Table):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
+@blank_pictures
 def test_by_default_there_is_everything_but_the_overlay(tmp_path) -> None:
     """One line in a Trainer is enough; Lightning's own `hp_metric` gives way, also if it was not switched off."""
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=1)
@@ -347,6 +357,7 @@ def test_other_loggers_are_left_alone(tmp_path, logger) -> None:
     assert not list(tmp_path.rglob("events*"))
 
 
+@blank_pictures
 @pytest.mark.slow
 def test_two_tensorboard_loggers_get_the_same(tmp_path) -> None:
     """Each has all of it."""
@@ -355,6 +366,7 @@ def test_two_tensorboard_loggers_get_the_same(tmp_path) -> None:
     assert kinds(tmp_path / "one") == kinds(tmp_path / "other")
 
 
+@blank_pictures
 def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> None:
     """Lightning joins it with a hyphen, and charts without it would be empty."""
     fit(TensorBoardLogger(tmp_path, name="", version="run", prefix="a"), CrossEntropyMonitor(), max_epochs=1)
@@ -372,6 +384,7 @@ def test_a_prefix_of_the_logger_is_in_every_tag_and_in_the_layout(tmp_path) -> N
     assert set(columns) <= set(points)
 
 
+@blank_pictures
 def test_two_monitors_have_a_category_each(tmp_path) -> None:
     """The second layout does not replace the first."""
     monitors = CrossEntropyMonitor(), CrossEntropyMonitor(prefix="other/", shift=True)
@@ -382,6 +395,7 @@ def test_two_monitors_have_a_category_each(tmp_path) -> None:
     assert "other/val/cross_entropy" in kinds(tmp_path / "run")["descriptions"]
 
 
+@blank_pictures
 def test_a_mean_alone_has_no_interval_and_no_chart_of_one(tmp_path) -> None:
     """A chart of tags that are never written would show an error."""
     monitor = CrossEntropyMonitor(extract=lambda outputs, batch: {"loss": torch.tensor(2.0), "num_tokens": 3})
@@ -422,6 +436,7 @@ def test_a_validation_alone_is_drawn_and_lays_out_its_charts(tmp_path) -> None:
     assert found["references"]
 
 
+@blank_pictures
 def test_a_validation_after_a_fit_has_lines_of_its_own_data(tmp_path) -> None:
     """It may be of another model, with other classes."""
 
@@ -438,6 +453,7 @@ def test_a_validation_after_a_fit_has_lines_of_its_own_data(tmp_path) -> None:
     assert scalars(tmp_path / "run")["val/uniform_bits_per_token"] == [(0, 5.0)]
 
 
+@blank_pictures
 def test_a_test_alone_lays_out_no_empty_charts(tmp_path) -> None:
     """There are no charts of tests, but descriptions."""
     logger = TensorBoardLogger(tmp_path, name="", version="run")
@@ -481,6 +497,7 @@ def test_a_vocabulary_of_one_is_drawn(tmp_path) -> None:
     assert scalars(tmp_path / "run")["val/uniform_bits_per_token"] == [(4, 0.0)]
 
 
+@blank_pictures
 @pytest.mark.parametrize("overlay", [False, True])
 def test_training_that_has_no_windows_is_drawn_by_its_epochs(tmp_path, overlay) -> None:
     """`log_every_n_steps` is longer than an epoch, at first or for ever."""
@@ -550,6 +567,7 @@ class OwnColumn(Table):
         self.log("hp_metric", 7.0)
 
 
+@blank_pictures
 def test_a_column_of_the_module_stays_beside_ours(tmp_path) -> None:
     """`hp_metric` is there where a module logs it, and nowhere else."""
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), module=OwnColumn(), max_epochs=1)
@@ -560,6 +578,7 @@ def test_a_column_of_the_module_stays_beside_ours(tmp_path) -> None:
     assert columns_of_hparams(tmp_path / "other") == ours
 
 
+@blank_pictures
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")  # Given again by `pytest.warns`.
 def test_hyperparameters_that_a_project_logs_before_the_fit_have_our_columns(tmp_path, monkeypatch) -> None:
     """Unless TensorBoard has been given Lightning's own table first, which a warning says, with the switch."""
@@ -582,6 +601,7 @@ def test_hyperparameters_that_a_project_logs_before_the_fit_have_our_columns(tmp
     assert columns_of_hparams(tmp_path / "late") == ["hp_metric"]
 
 
+@blank_pictures
 def test_a_validation_before_the_fit_does_not_cost_the_columns(tmp_path) -> None:
     """Lightning writes its table before that too; a run without a validation, or that fails, has a row all the same."""
     logger = TensorBoardLogger(tmp_path, name="", version="run")
@@ -601,6 +621,7 @@ def test_a_validation_before_the_fit_does_not_cost_the_columns(tmp_path) -> None
         assert columns_of_hparams(tmp_path / name)[0] == "val/best_bits_per_token"
 
 
+@blank_pictures
 @pytest.mark.slow
 def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
     """`save_hyperparameters(logger=False)` is for secrets; nested ones are flattened, and names may be numbers."""
@@ -621,6 +642,7 @@ def test_hyperparameters_that_are_not_to_be_logged_are_not(tmp_path) -> None:
     assert b"a/b/c" in written
 
 
+@blank_pictures
 @pytest.mark.slow
 def test_a_later_test_in_the_same_folder_keeps_the_charts(tmp_path) -> None:
     """The layout of the fit is still there, with its intervals and loaders."""
@@ -633,6 +655,7 @@ def test_a_later_test_in_the_same_folder_keeps_the_charts(tmp_path) -> None:
     assert read_layout(tmp_path / "run") == before
 
 
+@blank_pictures
 def test_the_page_pairs_a_value_with_its_own_interval(tmp_path) -> None:
     """One sequence has no interval, whatever the validation before it had."""
 
@@ -716,6 +739,7 @@ def test_loaders_with_other_numbers_of_classes_are_no_trouble(tmp_path) -> None:
     assert scalars(tmp_path / "run")["val/uniform_bits_per_token"][0][1] == pytest.approx(5)
 
 
+@blank_pictures
 def test_a_monitor_can_be_copied_after_a_run(tmp_path) -> None:
     """Its files stay behind."""
     monitor = CrossEntropyMonitor(dashboards=("layout", "overlay"))
@@ -725,6 +749,7 @@ def test_a_monitor_can_be_copied_after_a_run(tmp_path) -> None:
     assert not copied._dashboards._dashboards
 
 
+@blank_pictures
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.num_classes. must be larger than every target:UserWarning")
 def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp_path) -> None:
@@ -744,6 +769,7 @@ def test_losses_alone_have_reference_lines_if_the_number_of_classes_is_given(tmp
     assert not kinds(tmp_path / "wrong")["references"]
 
 
+@blank_pictures
 def test_lines_to_compare_with_have_one_point_a_step(tmp_path) -> None:
     """The eighth window of training ends at the step of the eighth validation."""
     fit(TensorBoardLogger(tmp_path, name="", version="run"), CrossEntropyMonitor(), max_epochs=8, log_every_n_steps=5)
@@ -751,6 +777,7 @@ def test_lines_to_compare_with_have_one_point_a_step(tmp_path) -> None:
     assert steps == list(range(4, 40, 5))
 
 
+@blank_pictures
 def test_a_sanity_check_is_no_validation_of_the_page(tmp_path) -> None:
     """Nothing was validated, and nothing is said to have been."""
     kwargs = {"max_epochs": 1, "check_val_every_n_epoch": 9}
