@@ -11,7 +11,8 @@ PYTEST_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 
-VENV := .venv
+# What torch.compile makes does not link where torch's own path has a space, so there the environment is elsewhere.
+VENV := $(if $(word 2,$(CURDIR)),$(HOME)/.cache/xent-metrics-$(firstword $(shell pwd | cksum)),.venv)
 BIN := $(VENV)/bin
 EVALUATE := .venv-evaluate
 DOCS := .venv-docs
