@@ -20,8 +20,7 @@ NUM_TOKENS, ACCUMULATE = 16, 2
 def make_batches(num: int, rank: int = 0, num_ranks: int = 1) -> list[Tensor]:
     """Draw the share of one process: rows of tokens that count up now and then, padded with -100."""
     noise, hard = torch.rand((2, num, 4, 33), generator=torch.Generator().manual_seed(num))
-    tokens = (noise < hard[:, :1, :1] / 2).long().cumsum(-1) % NUM_TOKENS
-    # Hard rows are short.
+    tokens = (noise < hard[:, :1, :1] / 2).long().cumsum(-1) % NUM_TOKENS  # Hard batches are short.
     return list(tokens.masked_fill(torch.arange(33) > 33 - 32 * hard[:, :1, :1], -100)[rank::num_ranks])
 
 

@@ -15,7 +15,7 @@ EVALUATION = CrossEntropyReport(input="losses", sync_on_compute=False)  # The Tr
 
 
 def compute_metrics(batch, compute_result: bool) -> dict[str, float]:
-    EVALUATION.update(batch.predictions, batch.label_ids[:, 1:])
+    EVALUATION.to(batch.predictions.device).update(batch.predictions, batch.label_ids[:, 1:])
     if not compute_result:  # There are more batches.
         return {}
     values = EVALUATION.compute()
@@ -27,7 +27,7 @@ class PooledLoss(TrainerCallback):
     """Logs the cross-entropy of all tokens of all processes, after each `loss` of the Trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.report = trainer, CrossEntropyReport(shift=True)
+        self.trainer, self.report = trainer, CrossEntropyReport(shift=True).to(trainer.args.device)
         trainer.model.register_forward_hook(self.add, with_kwargs=True)
 
     def add(self, model, args, batch, outputs) -> None:
@@ -35,7 +35,7 @@ class PooledLoss(TrainerCallback):
             self.report.update(outputs.logits.detach(), batch["labels"])
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
-        if "loss" in logs:
+        if "loss" in logs:  # On every process, since `compute` adds up over all of them.
             self.trainer.log({"cross_entropy": self.report.compute()["cross_entropy"].item()})
             self.report.reset()
 
