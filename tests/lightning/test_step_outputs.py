@@ -201,7 +201,7 @@ def test_targets_and_bytes_on_another_device_are_refused() -> None:
     outputs = {name: x.to("meta") for name, x in ON_A_DEVICE["logits"]().items()}
     form = reader.read("test_step", {**outputs, "group": torch.tensor([0, 1])}, None)
     assert isinstance(form, StepOutputs)
-    assert all(tally.state.is_meta for tally in reader.tally_by_group(form, reader.score(form)))
+    assert all(tally.state.is_meta for tally in reader.tally(form, reader.score(form)))
 
 
 def warned(reader: OutputReader, step: str, logits: Any, **others: Any) -> list[str]:

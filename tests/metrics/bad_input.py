@@ -1,4 +1,4 @@
-"""What tests of bad input share: every quantity, a good batch, and claims to rows of the README's table."""
+"""What tests of bad input share: every quantity, and a good batch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from torch import Tensor
 import xent_metrics
 from tests.cases import QUANTITIES
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-SECTION = README.split("## What happens to bad input")[1].split("\n## ")[0]
-ROWS = [line.removeprefix("| ").split(" | ")[0] for line in SECTION.splitlines() if line.startswith("| ")][1:]
 K = 4
 SPOT = (0, 1)  # Of the six targets, the one that is made bad; its class is 1.
 Batch = dict[str, Any]
@@ -69,20 +66,8 @@ KINDS = dict(kinds())
 OF_CLASSES = [name for name, kind in KINDS.items() if not kind.binary]
 SOFT = [name for name, kind in KINDS.items() if kind.soft]
 FUNCTIONS = [name for name, kind in KINDS.items() if kind.function is not None]
-CLAIMED: dict[str, list[str]] = {}
 each_kind = pytest.mark.parametrize("name", KINDS)
 each_call = pytest.mark.parametrize("call", ["update", "forward"])
-
-
-def row(*cells: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Claim rows of the README's table, by their first cell."""
-
-    def claim(test: Callable[..., None]) -> Callable[..., None]:
-        for cell in cells:
-            CLAIMED.setdefault(cell, []).append(test.__name__)
-        return test
-
-    return claim
 
 
 def make_batch(name: str, form: str = "logits", soft: bool = False) -> Batch:

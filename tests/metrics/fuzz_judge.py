@@ -43,7 +43,7 @@ class RefusalError(Exception):
 
 
 class AmbiguityError(Exception):
-    """The README does not say what the value is."""
+    """The documentation does not say what the value is."""
 
 
 def need(condition: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
-from tests.metrics.bad_input import raised, row
+from tests.metrics.bad_input import raised
 from xent_metrics import BinaryCrossEntropy, CrossEntropy, LinearLogits, functional
 
 K = 5
@@ -58,7 +58,6 @@ OF_ONE_COLUMN = [
 ]
 
 
-@row("one column of scores for classes, with yes-or-no targets")
 @pytest.mark.parametrize("target", OF_ONE_COLUMN, ids=lambda x: f"{x.dtype} {tuple(x.shape)}")
 def test_one_column_of_scores_is_binary(target: Tensor) -> None:
     """Whatever the type and the shape of yes and no: they are no classes or distributions of a vocabulary of 1."""
@@ -139,7 +138,6 @@ NO_TENSORS: list[tuple[Any, str]] = [
 ]
 
 
-@row("a model's output, a dict, a tuple or a `PackedSequence` as `preds` or `target`")
 @pytest.mark.parametrize(("value", "advice"), NO_TENSORS, ids=lambda x: type(x).__name__)
 def test_what_holds_a_tensor(value: Any, advice: str) -> None:
     """The error names the part to pass, of predictions as of targets."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 from tests.metrics.bad_input import (
-    A_GROUP,
-    A_TARGET,
     CLASSES,
     KINDS,
     OF_CLASSES,
@@ -30,7 +28,6 @@ from tests.metrics.bad_input import (
     make_batch,
     numbers,
     raised,
-    row,
     with_preds,
 )
 from xent_metrics import BitsPerByte, CrossEntropy, CrossEntropyDifference, CrossEntropyReport, LinearLogits, functional
@@ -65,7 +62,6 @@ A_FACTOR = (
 )
 
 
-@row(A_FACTOR)
 @pytest.mark.parametrize(("hidden", "weight", "bias", "error", "text"), BAD_FACTORS)
 @pytest.mark.parametrize("name", ["CrossEntropy", "CrossEntropyDifference(a)", "CrossEntropyDifference(b)"])
 def test_factors_that_do_not_fit(
@@ -79,7 +75,6 @@ def test_factors_that_do_not_fit(
     assert re.search(text.replace("{}", key), message), message
 
 
-@row(A_FACTOR)
 @each_call
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_factors_are_logits_with_classes_last(name: str, call: str) -> None:
@@ -101,7 +96,6 @@ def test_factors_are_logits_with_classes_last(name: str, call: str) -> None:
         assert KINDS[name].make(class_dim=class_dim)(**batch) is not None
 
 
-@row(A_FACTOR)
 def test_no_factors_for_yes_or_no_targets() -> None:
     """Targets of the size of the logits are there anyway, so that nothing would be saved."""
     good = make_batch("BinaryCrossEntropy")
@@ -110,7 +104,6 @@ def test_no_factors_for_yes_or_no_targets() -> None:
     assert re.match(r"`preds` must be a tensor .* got LinearLogits; pass F.linear\(hidden, weight, bias\)", message)
 
 
-@row(A_FACTOR)
 def test_hidden_states_that_are_spread_over_ranks() -> None:
     """They are refused, with what to pass instead; a head may be spread."""
 
@@ -122,7 +115,6 @@ def test_hidden_states_that_are_spread_over_ranks() -> None:
     assert message == "`hidden` of `preds` must be a plain tensor, got a DTensor; pass its full_tensor()."
 
 
-@row("class weights of the wrong length")
 @each_call
 @pytest.mark.parametrize("length", [0, 1, K - 1, K + 1])
 @pytest.mark.parametrize("soft", [False, True])
@@ -139,7 +131,6 @@ def test_class_weights_of_the_wrong_length(name: str, soft: bool, length: int, c
 WEIGHTS_OF_CLASSES = "class weights or `pos_weight` that are negative, infinite or NaN"
 
 
-@row(WEIGHTS_OF_CLASSES)
 @pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf, -math.inf, 2.0**47])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -156,7 +147,6 @@ def test_class_weights_are_checked_when_a_metric_is_made(
     assert text in raised(ValueError, lambda: KINDS[name].call(make_batch(name), **{option: values}))
 
 
-@row(WEIGHTS_OF_CLASSES)
 @pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan])
 @pytest.mark.parametrize(
     ("name", "soft"),
@@ -175,7 +165,6 @@ def test_class_weights_are_checked_on_any_device(name: str, soft: bool, bad: flo
     raised(ValueError, read)
 
 
-@row("smoothing over the other classes above `(K - 1) / K`")
 @each_call
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("name", ["CrossEntropy", "GroupedCrossEntropy", "CrossEntropyDecomposition"])
@@ -192,7 +181,6 @@ def test_too_much_smoothing_over_the_others(name: str, soft: bool, call: str) ->
     raised(ValueError, lambda: KINDS[name].call(make_batch(name), label_smoothing=0.76, **options))
 
 
-@row('`backend="compile"` where there is no compiler')
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Of the compiler.
 @pytest.mark.parametrize(
     ("name", "call"),
@@ -220,7 +208,6 @@ def test_no_compiler(name: str, call: str, tmp_path: Path, monkeypatch: pytest.M
     assert metric.update_count == count
 
 
-@row('both `token_bytes` and `num_bytes`, or neither; `num_bytes` with `nan_policy="omit"`')
 @each_call
 def test_two_sources_of_bytes_or_none(call: str) -> None:
     """The bytes come from exactly one place."""
@@ -253,7 +240,6 @@ BAD_BYTES = [
 ]
 
 
-@row('both `token_bytes` and `num_bytes`, or neither; `num_bytes` with `nan_policy="omit"`')
 @each_call
 @pytest.mark.parametrize(("num_bytes", "error"), BAD_BYTES)
 def test_bad_numbers_of_bytes(num_bytes: Any, error: type[Exception], call: str) -> None:
@@ -323,7 +309,6 @@ def test_bad_tables_of_bytes(metric_class: Any, table: Any, error: type[Exceptio
     raised(error, lambda: functional.bits_per_byte(batch["preds"], batch["target"], token_bytes=table))
 
 
-@row(A_TARGET)
 @each_call
 @pytest.mark.parametrize("length", [0, 1])
 @pytest.mark.parametrize("name", ["BitsPerByte(token_bytes)", "CrossEntropyReport(token_bytes)"])
@@ -339,7 +324,6 @@ def test_token_ids_beyond_the_table(name: str, length: int, call: str, hide_valu
     assert f"{6 - 3 * length} targets were outside" in raised(ValueError, metric.compute)
 
 
-@row(A_GROUP)
 def test_bad_groups() -> None:
     """Groups are integers."""
     name, good = "GroupedCrossEntropy", make_batch("GroupedCrossEntropy")
@@ -348,7 +332,6 @@ def test_bad_groups() -> None:
         assert re.match(r"`group` must be a dense tensor of integers, got .*; convert it with \.long\(\)", message)
 
 
-@row(A_GROUP)
 @pytest.mark.parametrize("bad", [2**63, 2**64 - 1])
 def test_a_group_above_int64_is_named_as_it_was_given(bad: int) -> None:
     """No group wraps to another one, or to another number in words."""

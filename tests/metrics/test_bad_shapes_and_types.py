@@ -22,7 +22,6 @@ from tests.metrics.bad_input import (
     make_batch,
     ones,
     raised,
-    row,
     with_preds,
 )
 from xent_metrics import BinaryCrossEntropy, functional
@@ -46,7 +45,6 @@ SHAPES = [
 ]
 
 
-@row(A_SHAPE)
 @pytest.mark.parametrize(("preds", "target", "fix"), SHAPES)
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_shapes_that_do_not_fit(name: str, preds: tuple[int, ...], target: tuple[int, ...], fix: str) -> None:
@@ -62,7 +60,6 @@ def test_shapes_that_do_not_fit(name: str, preds: tuple[int, ...], target: tuple
     assert fix in message
 
 
-@row(A_SHAPE)
 @each_kind
 def test_other_shapes_that_do_not_fit(name: str) -> None:
     """Soft targets, losses, binary targets, weights, groups and scalars: each with both shapes."""
@@ -88,9 +85,6 @@ def test_other_shapes_that_do_not_fit(name: str) -> None:
         assert all(re.search(part, message) for part in parts), message
 
 
-@row(
-    "unshifted logits and labels without `shift=True`, aligned ones with it, weights or groups of shape (N,) with N = T"
-)
 def test_what_no_shape_can_tell() -> None:
     """Labels are scored where `shift` says, and a vector is one of positions, as broadcasting has it."""
     preds, target, weight = 3 * torch.randn(4, 4, K), torch.randint(K, (4, 4)), torch.rand(4)
@@ -103,7 +97,6 @@ def test_what_no_shape_can_tell() -> None:
     assert by_position == functional.cross_entropy(preds, target, weight=weight.expand(4, 4)).item()
 
 
-@row("classes on another dimension that has as many entries (T = V)")
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_as_many_positions_as_classes_are_scored_as_they_are_said_to_be(name: str) -> None:
     """No shape can tell; `class_dim` decides, and the default is the last dimension."""
@@ -117,7 +110,6 @@ def test_as_many_positions_as_classes_are_scored_as_they_are_said_to_be(name: st
     assert bits(KINDS[name].make(class_dim=1)(**KINDS[name].chosen(moved))) == bits(values[0])
 
 
-@row("float targets of class indices' shape, boolean targets")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bool, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", OF_CLASSES)
 def test_targets_of_a_wrong_type(name: str, dtype: torch.dtype) -> None:
@@ -127,7 +119,6 @@ def test_targets_of_a_wrong_type(name: str, dtype: torch.dtype) -> None:
     assert re.match(rf"`target` must hold integer.*, got {dtype}; convert it with \.long\(\)\.", message)
 
 
-@row("float targets of class indices' shape, boolean targets")
 @each_call
 def test_binary_targets_may_be_booleans(call: str) -> None:
     """Yes and no are what they are, and complex numbers are neither."""
@@ -142,7 +133,6 @@ def test_binary_targets_may_be_booleans(call: str) -> None:
     assert re.match("`target` must hold 0, 1 .* got torch.complex64", message)
 
 
-@row("complex, integer or boolean `preds`, sparse tensors")
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool], ids=str)
 @each_kind
 def test_predictions_of_a_wrong_type(name: str, dtype: torch.dtype) -> None:
@@ -154,7 +144,6 @@ def test_predictions_of_a_wrong_type(name: str, dtype: torch.dtype) -> None:
     assert re.match(rf"`preds\w*` must be float16, .* got {dtype}; convert it with \.float\(\)\.", message)
 
 
-@row("complex, integer or boolean `preds`, sparse tensors")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
 @each_kind
@@ -170,7 +159,6 @@ def test_sparse_tensors(name: str, layout: torch.layout) -> None:
         assert re.search("dense|sparse", message)
 
 
-@row("complex, integer or boolean `preds`, sparse tensors")
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
@@ -186,7 +174,6 @@ def test_sparse_options(name: str, option: str, value: Tensor) -> None:
     assert f"`{option}`" in raised(TypeError, lambda: KINDS[name].make(**{option: value.to_sparse()}))
 
 
-@row("complex, integer or boolean `preds`, sparse tensors")
 @each_kind
 def test_anything_but_a_tensor(name: str) -> None:
     """Lists, arrays and numbers are refused for what they are, for every argument of an update."""
@@ -200,7 +187,6 @@ def test_anything_but_a_tensor(name: str) -> None:
             assert re.match(rf"`({key}|preds)` must", message)
 
 
-@row("complex, integer or boolean `preds`, sparse tensors")
 @pytest.mark.parametrize("key", ["preds_a", "preds_b"])
 def test_errors_name_the_predictions_that_are_wrong(key: str) -> None:
     """With two models, the sentence says which."""
@@ -212,7 +198,6 @@ def test_errors_name_the_predictions_that_are_wrong(key: str) -> None:
         assert f"`{key}`" in message
 
 
-@row("tensors on different devices")
 @each_kind
 def test_tensors_on_different_devices(name: str) -> None:
     """Each tensor of an update alone on another device is refused, with the names of both devices."""
@@ -224,7 +209,6 @@ def test_tensors_on_different_devices(name: str) -> None:
         assert f"`{key}`" in message or key.startswith("preds")
 
 
-@row("tensors on different devices")
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [
@@ -241,7 +225,6 @@ def test_options_on_another_device(name: str, option: str, value: Tensor) -> Non
     assert re.match(f"`{option}` must be on the device of `preds`, cpu, got meta; move it", message)
 
 
-@row("tensors on different devices")
 @each_call
 @pytest.mark.parametrize("devices", [("cpu", "meta"), ("meta", "cpu")], ids=str)
 @each_kind
@@ -257,7 +240,6 @@ def test_a_metric_on_another_device_than_its_batch(name: str, devices: tuple[str
     assert metric.tally.state.device.type == devices[0]
 
 
-@row("nested tensors")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @each_kind
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)

@@ -20,7 +20,7 @@ from torch.utils.data import default_convert
 from torchmetrics import MetricCollection
 from torchmetrics.wrappers import BootStrapper, MultioutputWrapper
 
-from tests.metrics.bad_input import raised, row
+from tests.metrics.bad_input import raised
 from xent_metrics import BitsPerToken, CrossEntropy, LinearLogits, Perplexity, functional
 
 N, D = 6, 4
@@ -42,7 +42,6 @@ WRAPPERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@row("`LinearLogits` to a wrapper that chooses rows of every tensor, as `BootStrapper` does")
 @pytest.mark.parametrize("names", [("preds", "target"), ("target", "preds"), ()])
 @pytest.mark.parametrize("call", ["update", "forward"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)

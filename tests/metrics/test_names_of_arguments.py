@@ -10,7 +10,7 @@ import torch
 from torchmetrics import MetricCollection
 
 from tests.cases import QUANTITIES, Quantity
-from tests.metrics.bad_input import FUNCTIONS, KINDS, K, bits, each_call, each_kind, make_batch, raised, row
+from tests.metrics.bad_input import FUNCTIONS, KINDS, K, bits, each_call, each_kind, make_batch, raised
 from xent_metrics import BitsPerByte, CrossEntropy, GroupedCrossEntropy, functional
 
 
@@ -27,7 +27,6 @@ def test_only_predictions_and_targets_have_a_position(quantity: Quantity) -> Non
         assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == ["preds", "target"]
 
 
-@row("a mask, weights, groups or numbers of bytes by position")
 @each_call
 @each_kind
 def test_nothing_else_comes_by_position(name: str, call: str) -> None:

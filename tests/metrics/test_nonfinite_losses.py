@@ -27,7 +27,6 @@ from tests.metrics.bad_input import (
     numbers,
     ones,
     raised,
-    row,
     with_preds,
 )
 from xent_metrics import CrossEntropy, CrossEntropyDifference, NormalizedCrossEntropy, functional
@@ -90,7 +89,6 @@ BOTH_CALLS = [  # Each loss for each kind by one of the two; by the other one wh
 ]
 
 
-@row(NONFINITE)
 @pytest.mark.parametrize(("name", "form", "bad", "spot", "loss", "call"), BOTH_CALLS)
 def test_losses_that_are_not_finite(name: str, form: str, bad: float, spot: int | None, loss: float, call: str) -> None:
     """One of them is propagated as in IEEE addition, omitted as if it were masked, or raised, and always counted."""
@@ -126,7 +124,6 @@ def test_losses_that_are_not_finite(name: str, form: str, bad: float, spot: int 
             assert bits(metric.compute()) == bits(rest.compute())
 
 
-@row(NONFINITE)
 @pytest.mark.parametrize(
     ("name", "form", "bad", "spot", "loss"), [param for param in LOSSES if param.values[0] in FUNCTIONS]
 )
@@ -149,7 +146,6 @@ def test_losses_that_are_not_finite_in_functions(
     assert all(map(math.isnan, numbers(call(batch, "raise"))))
 
 
-@row(NONFINITE)
 @pytest.mark.parametrize("loss", [math.inf, math.nan])
 def test_a_class_seen_only_with_a_loss_that_is_not_finite(loss: float) -> None:
     """It is a class that was scored: the cross-entropy over the entropy is infinite or NaN, and `raise` raises."""
@@ -167,7 +163,6 @@ MASKS = "a loss of 2**94 nats or more, as from a mask of `finfo.min` on the targ
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 
 
-@row(MASKS)
 @dtypes
 @each_kind
 def test_masks_in_the_logits(name: str, dtype: torch.dtype) -> None:
@@ -190,7 +185,6 @@ def test_masks_in_the_logits(name: str, dtype: torch.dtype) -> None:
             assert all(map(math.isfinite, main(metric.compute())))
 
 
-@row(MASKS)
 def test_the_loss_of_a_mask() -> None:
     """-1e9 on the target is a loss of 1e9 nats, and the first loss that is infinite is 2**94."""
     assert functional.cross_entropy(torch.tensor([[-1e9, 0.0]]), torch.tensor([0])).item() == pytest.approx(1e9)
@@ -204,7 +198,6 @@ def test_the_loss_of_a_mask() -> None:
         assert metric.compute().item() == expected
 
 
-@row(MASKS)
 def test_the_difference_of_two_masks() -> None:
     """Two losses that count as infinite have no difference."""
     preds = torch.tensor([[torch.finfo(torch.float32).min, 0.0], [0.0, 0.0]])
@@ -225,7 +218,6 @@ def unseen() -> Iterator[Any]:
         yield pytest.param(*form, bad, how, id=f"{'-'.join(form)}-{bad}-{how}")
 
 
-@row(UNSEEN)
 @pytest.mark.parametrize(("name", "form", "bad", "how"), [*unseen()])
 def test_what_is_not_scored_poisons_nothing(name: str, form: str, bad: float, how: str) -> None:
     """Not one bit changes, whatever the predictions are where they are not scored."""
@@ -248,7 +240,6 @@ def test_what_is_not_scored_poisons_nothing(name: str, form: str, bad: float, ho
     assert bits(metrics[0].compute()) == bits(metrics[1].compute())
 
 
-@row(UNSEEN)
 @pytest.mark.parametrize("name", SOFT)
 def test_a_soft_target_that_is_not_scored_poisons_nothing(name: str) -> None:
     """Padding without a distribution, in targets and predictions, is padding."""
@@ -264,7 +255,6 @@ def test_a_soft_target_that_is_not_scored_poisons_nothing(name: str) -> None:
 NOTHING = "an empty batch, one with all targets ignored or of weight 0, no batch at all"
 
 
-@row(NOTHING)
 @pytest.mark.parametrize("soft", [False, True])
 @each_kind
 def test_nothing_to_score_reads_nan(name: str, soft: bool) -> None:
@@ -297,7 +287,6 @@ def test_nothing_to_score_reads_nan(name: str, soft: bool) -> None:
     assert bits(metric.compute()) == bits(expected.compute())
 
 
-@row("weights of 1e-12")
 @each_kind
 def test_tiny_weights(name: str) -> None:
     """Weights are relative: with 1e-12 for 1 the mean has the same seven digits (beside `num_bytes`, a share of it)."""
@@ -312,7 +301,6 @@ def test_tiny_weights(name: str) -> None:
     assert tiny == pytest.approx([factor * x for x in values], rel=1e-6, abs=1e-7 * factor, nan_ok=True)
 
 
-@row("a vocabulary of 1")
 @pytest.mark.parametrize("form", SCORES)
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("name", [name for name in OF_CLASSES if not name.startswith("Normalized")])

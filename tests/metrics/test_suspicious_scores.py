@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.metrics.bad_input import FUNCTIONS, KINDS, Batch, K, each_call, each_kind, raised, row, with_preds
+from tests.metrics.bad_input import FUNCTIONS, KINDS, Batch, K, each_call, each_kind, raised, with_preds
 from xent_metrics import BinaryCrossEntropy, CrossEntropy
 
 # Scores that look like something else.
@@ -60,7 +60,6 @@ LOOKS = [
 ]
 
 
-@row(WARNED)
 @each_call
 @pytest.mark.parametrize(("name", "form", "given", "text"), LOOKS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -79,7 +78,6 @@ def test_scores_that_look_like_something_else_warn_once(name: str, form: str, gi
     assert warned(lambda: (getattr(metric, call)(**batch), metric.reset(), getattr(metric, call)(**batch))) == []
 
 
-@row(WARNED)
 @each_kind
 def test_only_the_first_64_rows_of_the_first_batch_are_looked_at(name: str) -> None:
     """What comes after 64 rows, or in a later batch, does not warn, and is not needed to."""
@@ -90,7 +88,6 @@ def test_only_the_first_64_rows_of_the_first_batch_are_looked_at(name: str) -> N
         assert warned(lambda m=metric: m.update(**KINDS[name].chosen(scored(name, wrong)))) == []
 
 
-@row(WARNED)
 @each_kind
 def test_exactly_64_rows_decide(name: str) -> None:
     """One row more or fewer would decide otherwise: of rows the most do, of binary predictions all."""
@@ -104,7 +101,6 @@ def test_exactly_64_rows_decide(name: str) -> None:
         assert len(warned(lambda b=batch: KINDS[name].make().update(**b))) == expected
 
 
-@row(WARNED)
 @pytest.mark.parametrize("class_dim", [0, 1, 2, 3])
 def test_rows_are_found_on_any_dimension(class_dim: int) -> None:
     """The first 64 rows are those of the first targets, wherever the classes are."""
@@ -115,7 +111,6 @@ def test_rows_are_found_on_any_dimension(class_dim: int) -> None:
         assert len(warned(lambda p=preds: CrossEntropy(class_dim=class_dim).update(p, target))) == expected
 
 
-@row(WARNED)
 @pytest.mark.parametrize(
     ("form", "preds"),
     [
@@ -143,7 +138,6 @@ def test_no_warning_without_cause(form: str, preds: Tensor) -> None:
     assert warned(lambda: CrossEntropy(input=form).update(preds, target)) == []
 
 
-@row(WARNED)
 @pytest.mark.parametrize("preds", [torch.randn(100), torch.zeros(100), torch.full((100,), 0.3), torch.rand(10)])
 @pytest.mark.parametrize("form", ["logits", "probs"])
 def test_no_warning_of_binary_scores_without_cause(form: str, preds: Tensor) -> None:
@@ -153,7 +147,6 @@ def test_no_warning_of_binary_scores_without_cause(form: str, preds: Tensor) -> 
     assert warned(lambda: metric.update(preds, torch.zeros(len(preds)))) == []
 
 
-@row(WARNED)
 @pytest.mark.usefixtures("hidden_values")
 @each_kind
 def test_no_warning_where_a_look_is_not_free(name: str) -> None:
@@ -161,7 +154,6 @@ def test_no_warning_where_a_look_is_not_free(name: str) -> None:
     assert warned(lambda: KINDS[name].make().update(**KINDS[name].chosen(scored(name, looks("probs", name))))) == []
 
 
-@row(WARNED)
 @each_kind
 def test_a_refused_batch_is_not_the_first(name: str) -> None:
     """A batch that raised was not looked at, so that the first good one still warns; functions never warn."""
