@@ -105,9 +105,9 @@ def look_at_page(chromium: Browser, folder: Path) -> list[str]:
     [path] = folder.glob("smoke/**/val_surprisal_page.html")
     tab = chromium.new_page(viewport={"width": 1000, "height": 700})
     tab.goto(path.resolve().as_uri())
-    tab.locator(".sequence span").nth(60).hover()
+    tab.locator(".text span").nth(60).hover()
     tab.screenshot(path=folder / "surprisal_page.png")
-    num_pieces = tab.locator(".sequence span").count()
+    num_pieces = tab.locator(".text span").count()
     tab.close()
     print(f"  {'ok   ' if num_pieces > 1000 else 'WRONG'}  the HTML page has the text")
     return [] if num_pieces > 1000 else [f"the HTML page has only {num_pieces} pieces"]

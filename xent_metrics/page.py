@@ -80,6 +80,21 @@ def write_page(
     return page
 
 
+def paragraphs(page: Page) -> list[Page]:
+    """Group the sequences of a page that run on.
+
+    After a sequence that is as long as the longest one, the text may go on in the next, as windows over a long text do.
+    """
+    lengths = [sum(len(piece.tokens) for piece in sequence) for sequence in page]
+    grouped: list[Page] = []
+    for i, sequence in enumerate(page):
+        if i and lengths[i - 1] == max(lengths):
+            grouped[-1].append(sequence)
+        else:
+            grouped.append([sequence])
+    return grouped
+
+
 def _cut(tokens: list[int], decode: Decode | None) -> Iterator[tuple[int, str]]:
     """Yield where each piece of text ends among the tokens, and the piece.
 

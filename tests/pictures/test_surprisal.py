@@ -44,13 +44,24 @@ def test_the_page_is_darker_where_a_token_cost_more() -> None:
 
 
 def test_lines_end_where_the_text_does_and_where_they_are_full() -> None:
-    """A newline is shown, and ends the line; a long line goes on in the next; each sequence begins one."""
-    image = drawn(page_of([("x", 8.0), ("\n", 8.0), ("y" * 100, 8.0)], [("z", 8.0)]))
+    """A newline is shown, and ends the line; a long line goes on in the next; each paragraph begins one."""
+    image = drawn(page_of([("x", 8.0), ("\n", 8.0), ("y" * 100, 8.0)], [("z", 8.0)], [("z", 8.0)] * 4))
     dark = colour_at(image, 0, 0)
     assert (colour_at(image, 0, 1), colour_at(image, 0, 2)) == (dark, WHITE)  # The newline, and the end.
     assert (colour_at(image, 1, 87), colour_at(image, 2, 11), colour_at(image, 2, 12)) == (dark, dark, WHITE)
     assert (colour_at(image, 3, 0), colour_at(image, 3, 1)) == (dark, WHITE)
-    assert image.height == 74 + 4 * 19 + 14
+    assert image.height == 74 + 5 * 19 + 14
+
+
+def test_full_windows_run_on() -> None:
+    """What follows one stands in its line, behind a grey line; what follows a shorter one begins a line."""
+    full, short = [("a", 8.0), ("b", 0.0)], [("c", 8.0)]
+    page = page_of(full, full, short, short)
+    lines = surprisal._break_lines(page)
+    assert ["".join(cell.text for cell in line) for line in lines] == ["ababc", "c"]
+    assert [cell.begins for line in lines for cell in line] == [True, False, True, False, True, True]
+    parsed = Spans(write_html(page, "A title", most=8.0))
+    assert (parsed.tags.count("p"), parsed.tags.count("i")) == (2 + 2, 2)  # Two of them say what the page is.
 
 
 def test_the_picture_has_a_largest_size() -> None:
@@ -131,7 +142,7 @@ def test_the_html_has_every_piece_with_what_it_cost() -> None:
     ]
     assert "script" not in parsed.tags
     assert unescape(re.findall("<h1>(.*)</h1>", html)[0]) == "A <title>"
-    assert html.count('dir="auto"') == 2
+    assert html.count('dir="auto"') == 1
 
 
 def test_the_colours_of_html_are_those_of_the_picture() -> None:

@@ -276,22 +276,22 @@ def test_a_page_of_hyperparameters_calls_nobody(chromium, tmp_path) -> None:
 def test_the_surprisal_page_shows_what_it_says_and_calls_nobody(chromium, tmp_path) -> None:
     """Pointing at a piece shows its tokens, bits and ranks; what could run does not."""
     text = "<img src='https://example.com/x.png' onerror='document.title=1'>"
-    page = [[Piece(text, 1.0, (7,), (3,)), Piece("😀", 9.0, (8, 9), (1, 20))], [Piece("שלום", 2.0, (1,))]]
+    page = [[Piece("שלום", 2.0, (1,))], [Piece(text, 1.0, (7,), (3,)), Piece("😀", 9.0, (8, 9), (1, 20))]]
     (tmp_path / "page.html").write_text(write_html(page, "A title", most=8.0))
     tab = chromium.new_page()
     asked: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
     tab.goto((tmp_path / "page.html").as_uri())
-    pieces = tab.locator(".sequence span")
-    assert pieces.all_inner_texts() == [text, "😀", "שלום"]
+    pieces = tab.locator(".text span")
+    assert pieces.all_inner_texts() == ["שלום", text, "😀"]
     shown = "node => getComputedStyle(node, '::after').content"
-    assert pieces.nth(1).evaluate(shown) == "none"
-    pieces.nth(1).hover()
-    assert pieces.nth(1).evaluate(shown).replace("\\a ", "\n").strip('"') == "tokens 8, 9: '😀'\n9.00 bits\nrank 1, 20"
-    boxes = [tab.locator(".sequence").nth(i).bounding_box() for i in (0, 1)]
-    letters = [pieces.nth(i).bounding_box() for i in (0, 2)]
-    assert letters[0]["x"] < boxes[0]["x"] + 20  # From the left,
-    assert letters[1]["x"] > boxes[1]["x"] + boxes[1]["width"] / 2  # and from the right.
+    assert pieces.nth(2).evaluate(shown) == "none"
+    pieces.nth(2).hover()
+    assert pieces.nth(2).evaluate(shown).replace("\\a ", "\n").strip('"') == "tokens 8, 9: '😀'\n9.00 bits\nrank 1, 20"
+    boxes = [tab.locator(".text").nth(i).bounding_box() for i in (0, 1)]
+    letters = [pieces.nth(i).bounding_box() for i in (0, 1)]
+    assert letters[0]["x"] > boxes[0]["x"] + boxes[0]["width"] / 2  # From the right,
+    assert letters[1]["x"] < boxes[1]["x"] + 20  # and from the left.
     assert (tab.title(), len(asked)) == ("A title", 1)
     tab.close()
 

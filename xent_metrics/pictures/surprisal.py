@@ -7,13 +7,13 @@ shown as its code point. Letters of Arabic are not joined; the HTML page joins t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BytesIO
 from typing import Any, NamedTuple
 from unicodedata import bidirectional, category, east_asian_width
 
-from xent_metrics.page import PAGE_COLUMNS, PAGE_ROWS, Page
+from xent_metrics.page import PAGE_COLUMNS, PAGE_ROWS, Page, Piece, paragraphs
 
 _CELL = (9, 19)  # Pixels of a character.
 _MARGIN = 14
@@ -27,7 +27,7 @@ def draw_page(page: Page, title: str, most: float) -> bytes:
     """Draw text with every token on a colour that says how many bits it cost; dark is hard.
 
     Args:
-        page: The text. Each sequence begins a line.
+        page: The text. Each paragraph begins a line, and a grey line stands where a sequence begins.
         title: The line above the text.
         most: The bits from which on a token has the darkest colour.
     """
@@ -44,9 +44,9 @@ def draw_page(page: Page, title: str, most: float) -> bytes:
         x, y = _MARGIN, _HEAD + row * _CELL[1]
         for cell in _in_visual_order(line):
             _draw_cell(draw, x, y, cell, most)
+            if cell.begins:
+                draw.line((x - (x == _MARGIN) * 4, y, x - (x == _MARGIN) * 4, y + _CELL[1] - 1), fill="#7f7f7f")
             x += cell.width * _CELL[0]
-        if line[0].begins:
-            draw.line((_MARGIN - 4, y, _MARGIN - 4, y + _CELL[1] - 1), fill="#7f7f7f")
     buffer = BytesIO()
     image.quantize(_NUM_COLOURS).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -79,26 +79,30 @@ class _Cell(NamedTuple):
 def _break_lines(page: Page) -> list[list[_Cell]]:
     """Break the pieces of all sequences into lines, as many as fit on the picture."""
     lines: list[list[_Cell]] = []
-    for sequence in page:
+    for paragraph in paragraphs(page):
         lines.append([])
-        begins, column = True, 0
-        for character, bits in ((character, piece.bits) for piece in sequence for character in piece.text):
-            if category(character) in {"Mn", "Me", "Cf"}:  # A mark, or what joins characters.
-                if lines[-1]:
-                    lines[-1][-1] = lines[-1][-1]._replace(text=lines[-1][-1].text + character)
-                continue
-            for shown, width in _shown(character):
-                if column + width > PAGE_COLUMNS:
-                    lines.append([])
-                    column = 0
-                lines[-1].append(_Cell(shown, width, bits, begins))
-                begins, column = False, column + width
-            if character == "\n":
-                lines.append([])
-                column = 0
+        for sequence in paragraph:
+            _add_sequence(lines, sequence)
         if len(lines) > PAGE_ROWS:
             break
     return [line for line in lines if line][:PAGE_ROWS]
+
+
+def _add_sequence(lines: list[list[_Cell]], sequence: Sequence[Piece]) -> None:
+    """Add a sequence to the last line, and to others after it."""
+    begins = True
+    for character, bits in ((character, piece.bits) for piece in sequence for character in piece.text):
+        if category(character) in {"Mn", "Me", "Cf"}:  # A mark, or what joins characters.
+            if lines[-1]:
+                lines[-1][-1] = lines[-1][-1]._replace(text=lines[-1][-1].text + character)
+            continue
+        for shown, width in _shown(character):
+            if sum(cell.width for cell in lines[-1]) + width > PAGE_COLUMNS:
+                lines.append([])
+            lines[-1].append(_Cell(shown, width, bits, begins))
+            begins = False
+        if character == "\n":
+            lines.append([])
 
 
 def _shown(character: str) -> list[tuple[str, int]]:
