@@ -162,7 +162,7 @@ def use_dashboards(folder: str) -> str:
     """Write a layout to TensorBoard."""
     with SummaryWriter(folder) as writer:
         dashboard = Dashboard(writer, ["layout", "descriptions"], ["cross_entropy"])
-        dashboard.describe_new_tags(["val/cross_entropy"])
+        dashboard.describe_new_tags(["val/cross_entropy"], step=0)
         add_layout(writer, merge_layouts(build_layout()))  # pyright: ignore[reportUnknownArgumentType]
         dashboard.close()
     assert read_layout(folder) is not None

@@ -24,7 +24,7 @@ from tensorboard.plugins.hparams.metadata import (
 from torch.utils.data import DataLoader
 
 from tests.blank_pictures import leave_blank
-from tests.browser import serve
+from tests.browser import fetch, serve
 from tests.tensorboard.texts import TEXTS, UNPRINTABLE
 from xent_metrics.lightning import CrossEntropyMonitor
 from xent_metrics.lightning.dashboards import Dashboards
@@ -97,7 +97,12 @@ def samples(num: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor, i
 
 
 def fit(
-    logger: Any, *callbacks: Any, loaders: int = 1, module: LightningModule | None = None, **kwargs: Any
+    logger: Any,
+    *callbacks: Any,
+    loaders: int = 1,
+    module: LightningModule | None = None,
+    ckpt_path: Any = None,
+    **kwargs: Any,
 ) -> Trainer:
     """Fit a table, with as many validation loaders."""
     settings = {"max_epochs": 3, "log_every_n_steps": 2, "num_sanity_val_steps": 1} | kwargs
@@ -106,7 +111,7 @@ def fit(
         enable_progress_bar=False, enable_model_summary=False, **settings,
     )  # fmt: skip
     validation = [DataLoader(samples(7, 10 + i), 3) for i in range(loaders)]
-    trainer.fit(module or Table(), DataLoader(samples(20), 4), validation)
+    trainer.fit(module or Table(), DataLoader(samples(20), 4), validation, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -252,6 +257,27 @@ def test_pictures_are_few_and_say_what_they_are_of(run, ask: Ask) -> None:
     events = EventAccumulator(str(run[0] / "run"), size_guidance={"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {f"val/{name}" for name in (*PICTURES, "interval")}
     assert all(len(image.encoded_image_string) < 60_000 for image in events.Images("val/surprisal"))
+
+
+@pytest.mark.usefixtures("_blank_pictures")
+def test_a_run_that_is_resumed_in_its_folder_keeps_its_points(tmp_path) -> None:
+    """TensorBoard's own data server drops what comes before a step that is earlier: that of a description is not."""
+    for epochs, path in ((2, None), (3, tmp_path / "last.ckpt")):
+        logger = TensorBoardLogger(tmp_path / "logs", name="", version="run")
+        monitor = CrossEntropyMonitor(dashboards=("descriptions", "references", "overlay"))
+        trainer = fit(logger, monitor, max_epochs=epochs, ckpt_path=path)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        logger.finalize("success")
+    with serve(tmp_path / "logs", load_fast=True) as url:
+        for run, tag in (
+            ("run", "val/cross_entropy"),
+            ("run/val", "cross_entropy"),
+            ("run", "val/uniform_bits_per_token"),
+        ):
+            points = fetch(f"{url}data/plugin/scalars/scalars?run={run}&tag={tag}")
+            assert [step for _, step, _ in points] == [4, 9, 14], (run, tag)
+        described = fetch(f"{url}data/plugin/scalars/tags")["run"]
+        assert "nats" in described["val/cross_entropy"]["description"]
 
 
 def test_the_page_of_the_last_validation_is_beside_the_event_files(run) -> None:

@@ -131,7 +131,7 @@ class Dashboards:
 
     def on_window_logged(self, values: Mapping[str, float], step: int) -> None:
         """Describe and overlay the values of a training window, before they are logged."""
-        self._describe_new_tags(values)
+        self._describe_new_tags(values, step)
         self._overlay(values, "train", step)
         self._num_windows += 1
         if self._num_windows % _WINDOWS_PER_REFERENCE == 0:
@@ -139,14 +139,14 @@ class Dashboards:
 
     def on_epoch_logged(self, values: Mapping[str, float], stage: str, step: int) -> None:
         """Describe and overlay the values of an epoch, before they are logged, and keep them for the summary."""
-        self._describe_new_tags(values)
+        self._describe_new_tags(values, step)
         if stage != "train" or not self._num_windows:  # Windows have the line of training, if there are such.
             self._overlay(values, stage, step)
         self._last_logged[stage] = dict(values)
 
-    def _describe_new_tags(self, tags: Iterable[str]) -> None:
+    def _describe_new_tags(self, tags: Iterable[str], step: int) -> None:
         for dashboard in self._dashboards:
-            dashboard.describe_new_tags(tags)
+            dashboard.describe_new_tags(tags, step)
 
     def _overlay(self, values: Mapping[str, float], stage: str, step: int) -> None:
         for dashboard in self._dashboards:

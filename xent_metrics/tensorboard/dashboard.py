@@ -48,17 +48,17 @@ class Dashboard:
         self._layout: layout_pb2.Layout | None = None
         self._overlaid: dict[str, SummaryWriter] = {}
 
-    def describe_new_tags(self, tags: Iterable[str]) -> None:
-        """Describe and lay out the charts of tags that are about to get their first point.
+    def describe_new_tags(self, tags: Iterable[str], step: int) -> None:
+        """Describe and lay out the charts of tags that are about to get their first point, at a step.
 
         TensorBoard does not show a description that comes after the first point, and a chart of tags that are never
-        written shows an error.
+        written shows an error. One at an earlier step would hide what the run had written before it was resumed.
         """
         new = [tag for tag in tags if tag not in self._described]
         self._described.update(new)
         if "descriptions" in self.parts:
             for tag in new:
-                _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix))
+                _describe(self.writer, self._logger_prefix + tag, describe_tag(tag, self._prefix), step)
         parsed = (parse_tag(tag, self._prefix) for tag in new)
         if "layout" in self.parts and any(tag is not None and tag.stage != "test" for tag in parsed):
             self._lay_out()
@@ -89,7 +89,7 @@ class Dashboard:
     def add_reference(self, tag: str, value: float, step: int) -> None:
         """Write a point of a reference line."""
         if "references" in self.parts:
-            self.describe_new_tags([tag])
+            self.describe_new_tags([tag], step)
             self.writer.add_scalar(self._logger_prefix + tag, value, step)
 
     def add_picture(self, tag: str, png: bytes, step: int) -> None:
@@ -121,7 +121,7 @@ class Dashboard:
         if stage not in self._overlaid:
             self._overlaid[stage] = SummaryWriter(f"{self.writer.log_dir}/{stage}")
             for tag, shown_as in overlaid.items() if "descriptions" in self.parts else ():
-                _describe(self._overlaid[stage], shown_as, describe_tag(tag, self._prefix))
+                _describe(self._overlaid[stage], shown_as, describe_tag(tag, self._prefix), step)
         for tag, shown_as in overlaid.items():
             self._overlaid[stage].add_scalar(shown_as, values[tag], step)
 
@@ -137,9 +137,9 @@ class Dashboard:
         self._overlaid.clear()
 
 
-def _describe(writer: SummaryWriter, tag: str, description: str | None) -> None:
+def _describe(writer: SummaryWriter, tag: str, description: str | None, step: int) -> None:
     """Write the description of a scalar, without a point."""
     if description is not None:
         plugin = SummaryMetadata.PluginData(plugin_name="scalars")
         about = SummaryMetadata(summary_description=description, plugin_data=plugin)
-        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), 0)
+        writer._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, metadata=about)]), step)
