@@ -58,3 +58,13 @@ def set_at_once(obj: object, values: dict[str, Any]) -> None:
             setattr(obj, name, value)
     else:
         obj.__dict__.update(values)
+
+
+def has_autocast(device: str) -> bool:
+    """Return whether autocast may be asked about on a type of device.
+
+    Can go with PyTorch 2.13: compilers before it cannot trace `torch.amp.is_autocast_available`.
+    """
+    if TORCH < (2, 13) and torch.compiler.is_dynamo_compiling():
+        return device != "meta"
+    return torch.amp.is_autocast_available(device)
