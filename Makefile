@@ -5,6 +5,7 @@ DASHBOARDS ?= runs/dashboards
 BENCH ?=
 ACCURACY ?=
 GPU ?=
+COMPAT ?=
 PICTURES ?=
 PYTEST_ARGS ?=
 # What .venv is set up with: the versions that were tested. With CONSTRAINTS=/dev/null it takes the newest of everything.
@@ -28,7 +29,7 @@ export MYPY_CACHE_DIR := $(VENV)/cache/mypy
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(READY))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dashboards bench accuracy gpu evaluate recipes wheel docs pictures test lint types format clean
+.PHONY: help demo dashboards bench accuracy gpu evaluate compat recipes wheel docs pictures test lint types format clean
 
 help:  ## show this help
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -51,6 +52,11 @@ gpu: $(READY)  ## check on a GPU what the library promises, and measure what it 
 evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Python's help texts, in its own environment
 	$(EVALUATE)/bin/python -m tests.evaluate
 
+compat: $(READY)  ## run the tests with the oldest and the newest versions of what is needed (COMPAT=oldest for one of them)
+	$(BIN)/python -m tests.compat $(COMPAT)
+
+test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 recipes: $(EVALUATE)/ready  ## test the examples that need transformers, in the environment of `evaluate`
 	$(EVALUATE)/bin/python -m pytest tests/examples/test_hf_trainer.py tests/examples/test_evaluate_lm.py
 

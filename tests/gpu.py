@@ -118,8 +118,6 @@ def cuda_tests(run: Run) -> Iterator[str]:
         yield "Left out: without a CUDA device each of them is skipped."
         return
     code, lines = run_pytest()
-    if is_old():
-        yield "Those of compiled losses are left out, as this torch is older than what the library needs.\n"
     summary = lines[-1].strip("= ") if lines else "nothing was printed"
     yield f"`{summary}`; all passed: {run.judge(f'the tests marked cuda: {summary}', code == 0)}"
     if code:
@@ -134,7 +132,7 @@ def run_pytest() -> tuple[int, list[str]]:
     # Without options of plugins that may not be there.
     plain = ["-o", "addopts=", "-o", "minversion=", "-W", "default::pytest.PytestConfigWarning", "-p", "no:randomly"]
     command = [sys.executable, "-m", "pytest", "-v", "-m", "cuda", "--import-mode=importlib", "--tb=short", *plain]
-    command += ["-p", "no:cacheprovider", *(["-k", "not compiled"] if is_old() else []), *map(str, files)]
+    command += ["-p", "no:cacheprovider", *map(str, files)]
     with tempfile.TemporaryFile("w+") as output:
         try:
             code, more = subprocess.call(command, cwd=ROOT, stdout=output, stderr=output, timeout=SECONDS_OF_TESTS), []
@@ -431,8 +429,6 @@ def about(run: Run) -> Iterator[str]:
         yield f"- **{why}: sizes are tiny, times mean nothing, and what needs a GPU is left out**"
     if run.no_compiler:
         yield f"- **compiled losses are left out: {run.no_compiler}**"
-    if is_old():
-        yield "- **this torch is older than what the library needs: options of `torch.compile` are left out**"
 
 
 def report(run: Run) -> Iterator[str]:
@@ -450,21 +446,6 @@ def report(run: Run) -> Iterator[str]:
     yield f"- {len(run.wrong)} numbers are wrong; took {time.perf_counter() - run.started:.0f} s{left}"
 
 
-def is_old() -> bool:
-    return tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-
-
-def allow_old_compiler() -> None:
-    """Let `torch.compile` of an older torch leave out the option that it does not know."""
-    compiler = torch.compile
-    torch._dynamo.config.recompile_limit = 256
-
-    def compile_without(*args: Any, recompile_limit: Any = None, **kwargs: Any) -> Any:
-        return compiler(*args, **kwargs)
-
-    torch.compile = compile_without
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the page, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__)
@@ -472,8 +453,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="on the CPU too, which takes its compiler a minute")
     options = parser.parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if is_old():
-        allow_old_compiler()
     if device == "cpu":
         torch.set_num_threads(1)  # Of tiny sizes, threads wait for each other.
     sizes = ON_GPU if device == "cuda" else TINY._replace(compiled=TINY.of_kinds if options.compile else ())

@@ -5,6 +5,8 @@ import math
 import types
 from collections.abc import Callable
 from fractions import Fraction
+from functools import reduce
+from operator import add, mul
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +216,8 @@ PLANTED = {
     "states equally likely": ("entropy_rate", lambda: rewrite("entropy_rate", "range(steps)", "range(0)")),
     "sum rounded as it goes": (
         "correctly_rounded_mean",
-        lambda: lambda losses, weights: sum(x * w for x, w in zip(losses, weights, strict=True)) / sum(weights),
+        # Not `sum`, which from Python 3.12 on makes up for what it rounds.
+        lambda: lambda losses, weights: reduce(add, map(mul, losses, weights)) / reduce(add, weights),
     ),
     "rounded down": ("total_in_units", lambda: rewrite("total_in_units", "round(", "math.floor(")),
 }

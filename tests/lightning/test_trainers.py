@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 
+import lightning.pytorch.callbacks
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    WeightAveraging,
 )
 
 from tests.lightning.fits import (
@@ -76,11 +75,12 @@ def test_several_optimizer_steps_a_batch_are_one_step_of_the_axis(tmp_path) -> N
     assert [step for step, _ in logged(trainer)["train/cross_entropy"]] == [1, 3, 5]
 
 
-@pytest.mark.parametrize("averaging", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.5)])
+@pytest.mark.skipif(not hasattr(lightning.pytorch.callbacks, "WeightAveraging"), reason="needs Lightning 2.6")
+@pytest.mark.parametrize(("averaging", "options"), [("WeightAveraging", {}), ("EMAWeightAveraging", {"decay": 0.5})])
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_validation_is_of_the_averaged_weights(tmp_path, averaging, first) -> None:
+def test_validation_is_of_the_averaged_weights(tmp_path, averaging, options, first) -> None:
     """What the steps return comes from the average, in whatever order the callbacks are listed."""
-    averager = averaging()
+    averager = getattr(lightning.pytorch.callbacks, averaging)(**options)
     weights = []
 
     class Watch(Callback):

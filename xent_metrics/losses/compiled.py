@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._compat import compile_often
 from xent_metrics.losses.kernels import Results
 from xent_metrics.losses.options import Backend
 
@@ -130,7 +131,7 @@ def _compiled(kernel: Callable[..., Results], _: Hashable, **constants: Any) -> 
         return kernel(*tensors, **constants)
 
     bound.__code__ = bound.__code__.replace()
-    compiled: Callable[..., Results] = torch.compile(bound, dynamic=True, fullgraph=True, recompile_limit=_MANY)  # type: ignore[call-overload]  # Their overloads lack it.
+    compiled = compile_often(bound, _MANY)
     # What was compiled refers to the code that it is kept with, so that it would not be freed with it.
     finalize(compiled, torch._dynamo.eval_frame.remove_from_cache, bound.__code__).atexit = False
     return compiled

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xent_metrics._compat import has_autocast
 from xent_metrics._validate import FLOATS, as_plain, as_tensor_hint, check_not_nested, describe, is_number
 from xent_metrics.distributed import VocabShard, is_dtensor, vocab_shard
 
@@ -283,6 +284,6 @@ def _check_factor(name: str, value: Any) -> None:
 def _multiplied_in(x: Tensor) -> torch.dtype:
     """Return the dtype that a tensor is multiplied in: its own, or what autocast casts it to."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not has_autocast(device):
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

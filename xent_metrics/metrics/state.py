@@ -12,6 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from torchmetrics.utilities.exceptions import TorchMetricsUserError
 
 from xent_metrics import _runtime
+from xent_metrics._compat import set_at_once
 from xent_metrics._validate import check_has_values, describe
 from xent_metrics.distributed import check_group_of_ranks, place_among_ranks
 from xent_metrics.losses.options import BinaryOptions, LossOptions
@@ -65,7 +66,7 @@ class TallyState(AtomicMetric):
 
     @tally.setter
     def tally(self, tally: Tally | GroupTally) -> None:
-        self.__dict__.update({self._state_name: tally.state, "_computed": None})
+        set_at_once(self, {self._state_name: tally.state, "_computed": None})
 
     def _keep(self, tally: Tally | GroupTally) -> None:
         # Rebound, never changed in place: compute groups and wrappers hold the old state, and one made in
@@ -89,9 +90,7 @@ class TallyState(AtomicMetric):
         state, count = (self.tally + batch).state, self._update_count + num_updates
         cache = self._forward_cache if value is None else value
         # Past the `__setattr__` of modules, which would do the same after it has looked for parameters.
-        self.__dict__.update(
-            {self._state_name: state, "_update_count": count, "_computed": None, "_forward_cache": cache}
-        )
+        set_at_once(self, {self._state_name: state, "_update_count": count, "_computed": None, "_forward_cache": cache})
         return value
 
     def _update_options(self) -> dict[str, Any]:
