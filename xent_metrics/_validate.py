@@ -253,9 +253,9 @@ def _check_pair(preds: Tensor, target: Tensor, may_be_spread: tuple[str, ...] = 
             raise TypeError(f"`{name}` must be a plain tensor, got a DTensor; pass its to_local() or full_tensor().")
         _check_dense(name, value)
     if preds.dtype not in FLOATS:
-        raise TypeError(
-            f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; convert it with .float()."
-        )
+        swapped = target.is_floating_point() and target.dim() > preds.dim()
+        fix = "pass predictions first, then targets" if swapped else "convert it with .float()"
+        raise TypeError(f"`preds` must be float16, bfloat16, float32 or float64, got {preds.dtype}; {fix}.")
     if preds.device != target.device:
         raise ValueError(
             f"`preds` and `target` must be on one device, got {preds.device} and {target.device}; move one with .to()."

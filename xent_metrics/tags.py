@@ -109,7 +109,8 @@ def as_choices(name: str, values: Iterable[str], known: Sequence[str]) -> tuple[
     is_list = isinstance(values, Iterable) and not isinstance(values, str)
     wrong = [value for value in values if value not in known] if is_list else [values]
     if wrong:
-        raise ValueError(f"`{name}` must be a list of some of {list(known)}, got {wrong[0]!r}; () names none.")
+        fix = f"write [{values!r}]" if values in known else "() names none"
+        raise ValueError(f"`{name}` must be a list of some of {list(known)}, got {wrong[0]!r}; {fix}.")
     return tuple(dict.fromkeys(values))
 
 

@@ -259,6 +259,7 @@ def bytes_of_text(target: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("form", ["losses", "logits"])
 @pytest.mark.parametrize("by_sequence", [True, False])
+@pytest.mark.filterwarnings("ignore:.* returned losses, from which:UserWarning")
 def test_the_bytes_of_a_batch_may_come_with_it(tmp_path, form, by_sequence) -> None:
     """All bits over all bytes that steps returned, in windows, epochs and validations, beside an accuracy too."""
 

@@ -235,6 +235,7 @@ def arguments_and_packages() -> Iterator[Any]:
 @pytest.mark.parametrize(("arguments", "package"), [*arguments_and_packages()])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:pytorch_lightning.cli")
 @pytest.mark.filterwarnings("ignore::FutureWarning:pytorch_lightning.utilities._pytree")
+@pytest.mark.filterwarnings("ignore:.* returned losses, from which:UserWarning")
 def test_every_argument_comes_from_yaml_and_goes_back_there(tmp_path, monkeypatch, package, arguments) -> None:
     """A configuration that was saved beside a run repeats the run."""
     monkeypatch.chdir(tmp_path)

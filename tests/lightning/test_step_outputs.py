@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -252,3 +253,40 @@ def test_the_look_asks_no_accelerator(operators: Operators, hidden_values: None)
             assert warned(reader, "test_step", probs) == []
         counts.append(operators.counts.total())
     assert counts[0] == counts[1] == counts[2] > 0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (
+            {"losses": torch.tensor(1.0)},
+            (
+                '"losses" must have target\'s shape, got () and (2, 3); compute them with '
+                "reduction='none', or return it as \"logits\"."
+            ),
+        ),
+        (
+            {"logits": torch.zeros(2, 9, 3)},
+            (
+                '`target` must have the shape (2, 9) for "logits" of shape (2, 9, 3) with classes on dimension -1, '
+                "got (2, 3); it would fit with class_dim=1."
+            ),
+        ),
+    ],
+)
+def test_errors_are_in_the_words_of_a_step(outputs: dict[str, Any], message: str) -> None:
+    """A step has no `preds` and no `input`."""
+    reader = make_reader()
+    form = reader.read("validation_step", {**outputs, "target": torch.zeros(2, 3, dtype=torch.int64)}, None)
+    with pytest.raises(ValueError, match=f"^validation_step returned: {re.escape(message)}$"):
+        reader.score(form)
+
+
+def test_readings_of_logits_without_logits_are_missed_once() -> None:
+    """In validation, where they would be monitored; training may return losses."""
+    reader = make_reader(of_scores=["accuracy"])
+    outputs = {"losses": torch.rand(2, 3), "target": torch.zeros(2, 3, dtype=torch.int64)}
+    reader.score(reader.read("training_step", outputs, None))
+    with pytest.warns(UserWarning, match=r"validation_step returned losses, from which \['accuracy'\] cannot be read"):
+        reader.score(reader.read("validation_step", outputs, None))
+    reader.score(reader.read("validation_step", outputs, None))

@@ -152,6 +152,7 @@ class OutputReader:
         in_bytes = () if token_bytes is None else (BITS_PER_BYTE,)
         # Those of a batch come after what its losses are tallied with.
         given = (BITS_PER_BYTE,) if num_bytes else ()
+        self._of_scores = list(of_scores)
         self.units = ("cross_entropy", *in_bytes, *of_scores, *given, *self.extras)
         self.device = torch.device("cpu")
         self.sequence_group: ProcessGroup | None = None
@@ -223,17 +224,27 @@ class OutputReader:
 
     def score(self, outputs: StepOutputs) -> ScoredBatch:
         """Return the losses of all targets; warn if the first logits of a step look like none."""
-        scored = score_batch(outputs.preds, outputs.target, None, outputs.options, token_bytes=self.token_bytes)
-        self._look_at(outputs.preds, outputs.options, outputs.source)
+        try:
+            scored = score_batch(outputs.preds, outputs.target, None, outputs.options, token_bytes=self.token_bytes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{outputs.source} returned: {_of_step(str(error), outputs.options.input)}") from None
+        self._look_at(outputs)
         return scored
 
-    def _look_at(self, preds: Tensor | LinearLogits, options: LossOptions, source: str) -> None:
-        if source in self._looked_at or not isinstance(preds, Tensor) or options.input != "logits" or not preds.numel():
+    def _look_at(self, outputs: StepOutputs) -> None:
+        """Warn once of logits that look like none, and of what is read from logits where a validation has none."""
+        preds, options, source = outputs.preds, outputs.options, outputs.source
+        is_short = options.input == "losses" and self._of_scores and "training_step" not in source
+        is_new = options.input == "logits" and isinstance(preds, Tensor) and preds.numel()
+        if source in self._looked_at or not (is_short or is_new):
             return
         self._looked_at.add(source)
-        found = input_mismatch_hint(preds, options.input, options.class_dim, "return their logarithms, or logits")
+        found: str | None = f"losses, from which {self._of_scores} cannot be read; return logits, or mend `readings`"
+        if isinstance(preds, Tensor) and is_new:
+            hint = input_mismatch_hint(preds, options.input, options.class_dim, "return their logarithms, or logits")
+            found = hint and f'"logits" that {hint}'
         if found:
-            rank_zero_warn(f'{source} returned "logits" that {found}', UserWarning)
+            rank_zero_warn(f"{source} returned {found}", UserWarning)
 
     def _check_tensor(self, source: str, name: str, values: Any) -> None:
         """Raise unless a value is a tensor, or `LinearLogits`, where the tallies are."""
@@ -427,3 +438,9 @@ def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
     if listed and all(is_integer(as_plain(x)) for x in token_bytes):
         token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64, device="cpu")
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.
+
+
+def _of_step(message: str, kind: str) -> str:
+    """Return an error about the arguments of a metric in the words of a step, which has no `preds` and no `input`."""
+    message = message.replace(" with `input='losses'`", "").replace("pass `input='logits'`", 'return it as "logits"')
+    return message.replace("`preds`", f'"{kind}"')
