@@ -53,7 +53,7 @@ def write_page(
         ids: Their tokens.
         losses: The loss of each token in nats.
         scored: Whether each token is scored; the others, such as padding, are left out.
-        ranks: The place of each token among all classes; None if it is not known.
+        ranks: The place of each token among all classes, 0 if it is not known; None if none is.
         decode: Turns a list of tokens into text; None shows their numbers.
         num_characters: How many characters there is room for.
 
@@ -70,9 +70,9 @@ def write_page(
             if num_characters <= 0:
                 break
             of_piece = kept[first:last]
-            bits = math.fsum(losses[row][i] for i in of_piece) / math.log(2)
-            known = () if ranks is None else tuple(ranks[row][i] for i in of_piece)
-            sequence.append(Piece(text, bits, tuple(tokens[first:last]), known))
+            bits = sum(losses[row][i] for i in of_piece) / math.log(2)
+            places = () if ranks is None else tuple(ranks[row][i] for i in of_piece)
+            sequence.append(Piece(text, bits, tuple(tokens[first:last]), places if all(places) else ()))
             num_characters -= max(1, len(text))
             first = last
         if sequence:
