@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -103,6 +104,18 @@ def test_bytes_that_are_no_text_do_not_swallow_what_follows() -> None:
     assert pieces[-1].text == "b"
 
 
+def test_bytes_that_belong_to_a_piece_before_them_are_no_mistake_of_decode() -> None:
+    """A text that is cut within a character, after bytes that are none."""
+    pieces = page_of([0xF0, 0x9F, 0xF0, 0x9F, 0x98], decode_bytes)
+    assert [(piece.text, len(piece.tokens)) for piece in pieces] == [("\N{REPLACEMENT CHARACTER}" * 2, 4), ("", 1)]
+
+
+def test_infinite_losses_in_one_character_are_no_trouble() -> None:
+    """They add up to NaN."""
+    [[piece]] = write_page([[*"é".encode()]], [[math.inf, -math.inf]], [[True] * 2], None, decode_bytes)
+    assert math.isnan(piece.bits)
+
+
 def test_a_token_without_text_is_a_piece_of_its_own() -> None:
     """A special token that a tokenizer hides has a cost too."""
     pieces = page_of([1, 0, 2], lambda tokens: "".join("?ab"[token] for token in tokens if token))
@@ -138,6 +151,13 @@ def test_an_error_of_decode_names_the_tokens() -> None:
     """It is the user's function."""
     with pytest.raises(ValueError, match=r"for \[3\] it raised KeyError: 3; mend it"):
         page_of([3], lambda tokens: {}[tokens[0]])
+
+
+@pytest.mark.parametrize("text", [b"a", ["a"], None])
+def test_what_decode_returns_is_text(text: Any) -> None:
+    """Bytes and lists would be shown as Python writes them."""
+    with pytest.raises(ValueError, match=rf"for \[3\] it returned {type(text).__name__}; return one str"):
+        page_of([3], lambda _: text)
 
 
 def stats_of(scores: Tensor, ids: Tensor) -> ValidationStats:

@@ -58,7 +58,7 @@ def write_page(
         num_characters: How many characters there is room for.
 
     Raises:
-        ValueError: If `decode` raises, or looks at the first token only.
+        ValueError: If `decode` raises, returns no text, or looks at the first token only.
     """
     page: Page = []
     for row in range(len(ids)):
@@ -111,7 +111,8 @@ def _cut(tokens: list[int], decode: Decode | None) -> Iterator[tuple[int, str]]:
         if both.endswith(_UNFINISHED) and last - first < _MOST_BYTES and last < len(tokens):
             continue
         text = both[len(before) :] if both.startswith(before) else _decoded(tokens[first:last], decode)
-        if not text and before and _decoded(tokens[first:last], decode).strip():
+        # Bytes that are no text may all be shown as one.
+        if not text and before and _decoded(tokens[first:last], decode).replace(_UNFINISHED, "").strip():
             raise ValueError(
                 f"`decode` must turn a list of tokens into text, but of {tokens[context:last]} it shows the first ones "
                 "only; decode all of them, and join the texts."
@@ -122,9 +123,15 @@ def _cut(tokens: list[int], decode: Decode | None) -> Iterator[tuple[int, str]]:
 
 def _decoded(tokens: list[int], decode: Decode) -> str:
     try:
-        return str(decode(tokens))
+        text = decode(tokens)
     except Exception as error:
         raise ValueError(
             f"`decode` must turn a list of tokens into text, but for {tokens} it raised {type(error).__name__}: "
             f"{error}; mend it, or pass None to see numbers"
         ) from error
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`decode` must turn a list of tokens into text, but for {tokens} it returned {type(text).__name__}; "
+            "return one str for the whole list."
+        )
+    return text
