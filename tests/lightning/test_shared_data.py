@@ -12,7 +12,10 @@ from torch.utils.data import DistributedSampler
 
 from tests.lightning.worlds import Table, loader, make_trainer, messages, rows, run_ranks
 from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning.trainer import Ranks
+from xent_metrics.lightning.windows import sum_over_ranks
 from xent_metrics.tags import parse_tag
+from xent_metrics.tally import Tally
 
 pytestmark = pytest.mark.distributed
 HALF = 2  # Pairs of ranks, and ranks of a pair. Each pair has every other sample.
@@ -93,6 +96,12 @@ def fit_all() -> dict[str, Any]:
         fit(Unchanged(), process_group="data_parallel")
     with pytest.raises(TypeError, match=r"`process_group` must be a process group .* got tuple \(\)"):
         fit(Unchanged(), process_group=())
+    across = [torch.distributed.new_group([first, first + HALF]) for first in (0, 1)]
+    across = across[torch.distributed.get_rank() % HALF]
+    with pytest.raises(ValueError, match="`process_group` must hold the ranks of `sequence_group`, which have other"):
+        fit(ContextParallel(), process_group=across, sequence_group=pair)
+    with pytest.raises(ValueError, match="must add up the same on every rank"):  # On all, of which three do not differ.
+        sum_over_ranks([(Tally.zero(),)], "ab"[torch.distributed.get_rank() > 0], Ranks((across, pair), pair))
     return {
         "tensor parallel": fit(Unchanged(), mesh=True),
         "context parallel": fit(ContextParallel(), sequence_group=pair),

@@ -179,8 +179,8 @@ class TallyMetric(TallyState):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values with matplotlib, on an axis with their unit, and return figure and axes.
 
-        Intervals are bands. Of readings with intervals, the first one is drawn, which is the one in nats. Where `compute`
-        is overridden, torchmetrics draws what it returns, since its unit is not known here.
+        Intervals are bands. Of readings with intervals, the first one is drawn, which is the one in nats. What an own
+        `compute` of a subclass returns, torchmetrics draws: its unit is not known here.
 
         Args:
             val: What `forward` or `compute` returned, or a list of that, each a step; None for the present value.
