@@ -74,6 +74,7 @@ def read(module: Table, samplers: list[Any], **kwargs: Any) -> dict[str, Any]:
         "references": monitor._dashboards._references,
         "shares": stats and stats.histogram.shares(),
         "positions": stats and stats.histogram.by_position(),
+        "repeated": stats and stats.histogram.num_repeated,
     }
 
 
@@ -130,5 +131,6 @@ def test_every_target_counts_once_whatever_ranks_share(tmp_path) -> None:
             # A part of a sequence does not say where it begins.
             positions = len(one["positions"][0]) if "context" not in name else 1
             assert len(seen.pop("positions")[0]) == positions, name
+            assert seen.pop("repeated") == HALF, name  # A sample of each validation loader.
             expected = grouped if "groups" in name else one
             assert seen == {key: expected[key] for key in seen}, name
