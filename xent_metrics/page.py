@@ -86,9 +86,10 @@ def paragraphs(page: Page) -> list[Page]:
     After a sequence that is as long as the longest one, the text may go on in the next, as windows over a long text do.
     """
     lengths = [sum(len(piece.tokens) for piece in sequence) for sequence in page]
+    longest = max(lengths, default=0)
     grouped: list[Page] = []
     for i, sequence in enumerate(page):
-        if i and lengths[i - 1] == max(lengths):
+        if i and lengths[i - 1] == longest:
             grouped[-1].append(sequence)
         else:
             grouped.append([sequence])
