@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -12,6 +14,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from tests.instruments import allocator_peak
 from xent_metrics.page import NUM_CHARACTERS, Decode, Piece, write_page
 from xent_metrics.validation_stats import ValidationStats
 
@@ -60,7 +63,7 @@ KINDS = {"bytes": byte_level, "word pieces": word_piece, "sentence pieces": sent
 def page_of(tokens: list[int], decode: Decode | None, room: int = NUM_CHARACTERS) -> list[Piece]:
     """Return the pieces of one sequence; the first token cost 0 bits, the next one 1, and so on."""
     losses = [[i * LN_2 for i in range(len(tokens))]]
-    ranks = [[10 * i for i in range(len(tokens))]]
+    ranks = [[1 + 10 * i for i in range(len(tokens))]]
     page = write_page([tokens], losses, [[True] * len(tokens)], ranks, decode, room)
     return page[0] if page else []
 
@@ -83,7 +86,7 @@ def test_the_costs_are_those_of_the_tokens(make: Callable[[], tuple[list[int], D
     for piece in page_of(tokens, decode):
         of_piece = range(first, first + len(piece.tokens))
         assert piece.bits == pytest.approx(sum(of_piece), abs=1e-9)
-        assert piece.ranks == tuple(10 * i for i in of_piece)
+        assert piece.ranks == tuple(1 + 10 * i for i in of_piece)
         first = of_piece.stop
 
 
@@ -99,6 +102,18 @@ def test_bytes_that_are_no_text_do_not_swallow_what_follows() -> None:
     assert len(pieces[0].tokens) == 4
     assert "".join(piece.text for piece in pieces) == "\N{REPLACEMENT CHARACTER}" * 6 + "ab"
     assert pieces[-1].text == "b"
+
+
+def test_bytes_that_belong_to_a_piece_before_them_are_no_mistake_of_decode() -> None:
+    """A text that is cut within a character, after bytes that are none."""
+    pieces = page_of([0xF0, 0x9F, 0xF0, 0x9F, 0x98], decode_bytes)
+    assert [(piece.text, len(piece.tokens)) for piece in pieces] == [("\N{REPLACEMENT CHARACTER}" * 2, 4), ("", 1)]
+
+
+def test_infinite_losses_in_one_character_are_no_trouble() -> None:
+    """They add up to NaN."""
+    [[piece]] = write_page([[*"é".encode()]], [[math.inf, -math.inf]], [[True] * 2], None, decode_bytes)
+    assert math.isnan(piece.bits)
 
 
 def test_a_token_without_text_is_a_piece_of_its_own() -> None:
@@ -138,6 +153,13 @@ def test_an_error_of_decode_names_the_tokens() -> None:
         page_of([3], lambda tokens: {}[tokens[0]])
 
 
+@pytest.mark.parametrize("text", [b"a", ["a"], None])
+def test_what_decode_returns_is_text(text: Any) -> None:
+    """Bytes and lists would be shown as Python writes them."""
+    with pytest.raises(ValueError, match=rf"for \[3\] it returned {type(text).__name__}; return one str"):
+        page_of([3], lambda _: text)
+
+
 def stats_of(scores: Tensor, ids: Tensor) -> ValidationStats:
     """Return statistics of a batch of logits."""
     stats = ValidationStats(torch.device("cpu"), counts_classes=False)
@@ -156,6 +178,36 @@ def test_ranks_are_places_in_the_order_of_the_scores(most: int, monkeypatch: pyt
         for column in range(5):
             order = sorted(range(7), key=lambda c: -scores[row, column, c].item())
             assert page[row][column].ranks == (1 + order.index(int(ids[row, column])),)
+
+
+@pytest.mark.parametrize("shape", [(1, 600), (600, 1), (20, 30)])
+def test_ranks_are_bounded_in_number_and_memory(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever the shape of a batch: each rank is a look at all classes, of which no copy is large."""
+    monkeypatch.setattr("xent_metrics.validation_stats._MOST_COMPARED", 1000)
+    monkeypatch.setattr("xent_metrics.validation_stats._NUM_RANKS", 110)
+    scores, ids = torch.randn(*shape, 300), torch.randint(300, shape)
+    peak = allocator_peak(lambda: stats_of(scores, ids), tmp_path)
+    assert peak < scores.nbytes / 2
+    stats = stats_of(scores, ids)
+    assert [piece.ranks != () for sequence in stats.page(None) for piece in sequence] == [True] * 110 + [False] * 490
+
+
+def test_a_loss_that_is_none_has_no_rank() -> None:
+    """NaN is not the most likely class."""
+    scores = torch.tensor([[[math.nan, 1.0], [2.0, 1.0]]])
+    page = stats_of(scores, torch.zeros(1, 2, dtype=torch.long)).page(None)
+    assert [piece.ranks for piece in page[0]] == [(), (1,)]
+
+
+def test_what_nobody_draws_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks one has loggers; the others keep no text and look for no ranks."""
+    monkeypatch.setattr("xent_metrics.validation_stats._ranks", None)  # Nobody calls it.
+    stats = ValidationStats(torch.device("cpu"), counts_classes=False, has_text=False)
+    ones = torch.ones(2, 3, dtype=torch.float64)
+    stats.add(ones, ones > 0, torch.zeros(2, 3, dtype=torch.long), 7, torch.randn(2, 3, 7))
+    assert stats.page(None) == []
 
 
 def test_scores_of_another_shape_have_no_ranks() -> None:

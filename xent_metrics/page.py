@@ -53,12 +53,12 @@ def write_page(
         ids: Their tokens.
         losses: The loss of each token in nats.
         scored: Whether each token is scored; the others, such as padding, are left out.
-        ranks: The place of each token among all classes; None if it is not known.
+        ranks: The place of each token among all classes, 0 if it is not known; None if none is.
         decode: Turns a list of tokens into text; None shows their numbers.
         num_characters: How many characters there is room for.
 
     Raises:
-        ValueError: If `decode` raises, or looks at the first token only.
+        ValueError: If `decode` raises, returns no text, or looks at the first token only.
     """
     page: Page = []
     for row in range(len(ids)):
@@ -70,9 +70,9 @@ def write_page(
             if num_characters <= 0:
                 break
             of_piece = kept[first:last]
-            bits = math.fsum(losses[row][i] for i in of_piece) / math.log(2)
-            known = () if ranks is None else tuple(ranks[row][i] for i in of_piece)
-            sequence.append(Piece(text, bits, tuple(tokens[first:last]), known))
+            bits = sum(losses[row][i] for i in of_piece) / math.log(2)
+            places = () if ranks is None else tuple(ranks[row][i] for i in of_piece)
+            sequence.append(Piece(text, bits, tuple(tokens[first:last]), places if all(places) else ()))
             num_characters -= max(1, len(text))
             first = last
         if sequence:
@@ -86,9 +86,10 @@ def paragraphs(page: Page) -> list[Page]:
     After a sequence that is as long as the longest one, the text may go on in the next, as windows over a long text do.
     """
     lengths = [sum(len(piece.tokens) for piece in sequence) for sequence in page]
+    longest = max(lengths, default=0)
     grouped: list[Page] = []
     for i, sequence in enumerate(page):
-        if i and lengths[i - 1] == max(lengths):
+        if i and lengths[i - 1] == longest:
             grouped[-1].append(sequence)
         else:
             grouped.append([sequence])
@@ -111,7 +112,8 @@ def _cut(tokens: list[int], decode: Decode | None) -> Iterator[tuple[int, str]]:
         if both.endswith(_UNFINISHED) and last - first < _MOST_BYTES and last < len(tokens):
             continue
         text = both[len(before) :] if both.startswith(before) else _decoded(tokens[first:last], decode)
-        if not text and before and _decoded(tokens[first:last], decode).strip():
+        # Bytes that are no text may all be shown as one.
+        if not text and before and _decoded(tokens[first:last], decode).replace(_UNFINISHED, "").strip():
             raise ValueError(
                 f"`decode` must turn a list of tokens into text, but of {tokens[context:last]} it shows the first ones "
                 "only; decode all of them, and join the texts."
@@ -122,9 +124,15 @@ def _cut(tokens: list[int], decode: Decode | None) -> Iterator[tuple[int, str]]:
 
 def _decoded(tokens: list[int], decode: Decode) -> str:
     try:
-        return str(decode(tokens))
+        text = decode(tokens)
     except Exception as error:
         raise ValueError(
             f"`decode` must turn a list of tokens into text, but for {tokens} it raised {type(error).__name__}: "
             f"{error}; mend it, or pass None to see numbers"
         ) from error
+    if not isinstance(text, str):
+        raise ValueError(
+            f"`decode` must turn a list of tokens into text, but for {tokens} it returned {type(text).__name__}; "
+            "return one str for the whole list."
+        )
+    return text

@@ -24,7 +24,7 @@ MAX_BITS = 24
 _NUM_TOKENS = 2 * NUM_CHARACTERS  # Most targets may be masked prompts, which are not shown.
 _NUM_RANKS = NUM_CHARACTERS // 2  # Each rank is a look at all classes.
 _NUM_BINS = BINS_PER_BIT * MAX_BITS + 1
-_MOST_COMPARED = 2**24  # Numbers at a time, each a byte.
+_MOST_COMPARED = 2**21  # Numbers at a time, of which there are copies of some MiB.
 _NUM_SINGLE = 16  # Positions below this have a bucket each; above, each doubling has half as many buckets.
 _NUM_BUCKETS = _NUM_SINGLE * 9  # Up to 2**20 positions; the last bucket holds all later ones.
 _UNIT = 2**-20  # Of the bits that are summed by position: finer than a pixel, and 2**43 bits fit into int64.
@@ -125,6 +125,7 @@ class ValidationStats:
         device: Where losses are.
         counts_classes: Whether to count the targets of each class.
         has_positions: Whether a row begins where its sequence does, so that the loss by position is known.
+        has_text: Whether to keep the first tokens, for a page.
 
     Attributes:
         histogram: Of the losses.
@@ -132,13 +133,15 @@ class ValidationStats:
         num_beyond: Number of scored targets that are no class.
     """
 
-    def __init__(self, device: torch.device, counts_classes: bool, has_positions: bool = True) -> None:
+    def __init__(
+        self, device: torch.device, counts_classes: bool, has_positions: bool = True, has_text: bool = True
+    ) -> None:
         self.histogram = LossHistogram.zero(device)
         self.class_counts = torch.zeros(0, dtype=torch.int64, device=device)
         self.num_beyond = torch.zeros((), dtype=torch.int64, device=device)
         self._counts_classes = counts_classes
         self._has_positions = has_positions
-        self._room = _NUM_TOKENS
+        self._room = _NUM_TOKENS if has_text else 0
         self._first: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
     def add(
@@ -169,9 +172,9 @@ class ValidationStats:
         if self._room > 0 and ids.numel():
             columns = min(ids.shape[1], self._room)
             part = (slice(-(-self._room // columns)), slice(columns))
-            is_early = self._room > _NUM_TOKENS - _NUM_RANKS
-            has_ranks = scores is not None and scores.shape[:-1] == loss.shape
-            ranks = _ranks(scores[part], ids[part]) if scores is not None and has_ranks and is_early else None
+            most = self._room - (_NUM_TOKENS - _NUM_RANKS)
+            has_ranks = scores is not None and scores.shape[:-1] == loss.shape and most > 0
+            ranks = _ranks(scores[part], ids[part], most) if scores is not None and has_ranks else None
             # Cloned, since a view would keep the memory of the whole batch.
             self._first.append((ids[part].clone(), loss[part].clone(), scored[part].clone(), ranks))
             self._room -= ids[part].numel()
@@ -202,13 +205,21 @@ class ValidationStats:
         return page
 
 
-def _ranks(scores: Tensor, ids: Tensor) -> Tensor:
-    """Return the place of each class among all, 1 for the most likely one, a few rows at a time."""
+def _ranks(scores: Tensor, ids: Tensor, most: int) -> Tensor:
+    """Return the place of each of the first classes among all, 1 for the most likely one, a few at a time.
+
+    It is 0 for those beyond the first `most`, and where it is none: that of a NaN.
+    """
     num_classes = scores.shape[-1]
-    own = scores.gather(-1, ids.clamp(0, num_classes - 1).unsqueeze(-1))
-    rows = max(1, _MOST_COMPARED // (num_classes * len(ids)))
-    parts = zip(scores.split(rows, 1), own.split(rows, 1), strict=True)
-    return torch.cat([(some > of_target).sum(-1) + 1 for some, of_target in parts], 1)
+    first = torch.arange(min(most, ids.numel()), device=ids.device)
+    ranks = []
+    for some in first.split(max(1, _MOST_COMPARED // num_classes)):
+        where = some // ids.shape[1], some % ids.shape[1]
+        of_all = scores[where]
+        own = of_all.gather(1, ids[where].clamp(0, num_classes - 1).unsqueeze(1))
+        # What is summed is first copied in the dtype of the sum.
+        ranks.append(((of_all > own).sum(1, dtype=torch.int32) + 1).masked_fill_(own.squeeze(1).isnan(), 0))
+    return torch.nn.functional.pad(torch.cat(ranks), (0, ids.numel() - len(first))).view_as(ids)
 
 
 def unigram_bits(counts: Sequence[int]) -> float:

@@ -12,7 +12,10 @@ from torch.utils.data import DistributedSampler
 
 from tests.lightning.worlds import Table, loader, make_trainer, messages, rows, run_ranks
 from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning.trainer import Ranks
+from xent_metrics.lightning.windows import sum_over_ranks
 from xent_metrics.tags import parse_tag
+from xent_metrics.tally import Tally
 
 pytestmark = pytest.mark.distributed
 HALF = 2  # Pairs of ranks, and ranks of a pair. Each pair has every other sample.
@@ -71,6 +74,7 @@ def read(module: Table, samplers: list[Any], **kwargs: Any) -> dict[str, Any]:
         "references": monitor._dashboards._references,
         "shares": stats and stats.histogram.shares(),
         "positions": stats and stats.histogram.by_position(),
+        "repeated": stats and stats.histogram.num_repeated,
     }
 
 
@@ -93,6 +97,12 @@ def fit_all() -> dict[str, Any]:
         fit(Unchanged(), process_group="data_parallel")
     with pytest.raises(TypeError, match=r"`process_group` must be a process group .* got tuple \(\)"):
         fit(Unchanged(), process_group=())
+    across = [torch.distributed.new_group([first, first + HALF]) for first in (0, 1)]
+    across = across[torch.distributed.get_rank() % HALF]
+    with pytest.raises(ValueError, match="`process_group` must hold the ranks of `sequence_group`, which have other"):
+        fit(ContextParallel(), process_group=across, sequence_group=pair)
+    with pytest.raises(ValueError, match="must add up the same on every rank"):  # On all, of which three do not differ.
+        sum_over_ranks([(Tally.zero(),)], "ab"[torch.distributed.get_rank() > 0], Ranks((across, pair), pair))
     return {
         "tensor parallel": fit(Unchanged(), mesh=True),
         "context parallel": fit(ContextParallel(), sequence_group=pair),
@@ -121,5 +131,6 @@ def test_every_target_counts_once_whatever_ranks_share(tmp_path) -> None:
             # A part of a sequence does not say where it begins.
             positions = len(one["positions"][0]) if "context" not in name else 1
             assert len(seen.pop("positions")[0]) == positions, name
+            assert seen.pop("repeated") == HALF, name  # A sample of each validation loader.
             expected = grouped if "groups" in name else one
             assert seen == {key: expected[key] for key in seen}, name

@@ -205,6 +205,17 @@ def test_targets_and_bytes_on_another_device_are_refused() -> None:
     assert all(tally.state.is_meta for tally in reader.tally(form, reader.score(form)))
 
 
+@pytest.mark.parametrize(("shape", "class_dim"), [((3,), -1), ((3,), 1), ((3, 4), -1), ((3, 4), 1)])
+def test_scores_lie_as_the_losses_do(shape: tuple[int, ...], class_dim: int) -> None:
+    """Those of a classifier too: ranks are looked for in them."""
+    reader = make_reader(class_dim=class_dim)
+    logits, target = torch.randn(*shape, 7), torch.randint(7, shape)
+    form = reader.read("val_step", {"logits": logits.movedim(-1, class_dim), "target": target}, None)
+    scored, scores = reader.score(form), reader.scores(form)
+    expected = -scores.log_softmax(-1).gather(-1, target.view(scored.loss.shape).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scored.loss.float(), expected)
+
+
 def warned(reader: OutputReader, step: str, logits: Any, **others: Any) -> list[str]:
     """Return the warnings of a batch."""
     target = torch.zeros(logits.shape[:-1], dtype=torch.int64)

@@ -67,6 +67,34 @@ def test_the_axis_has_a_unit(metric: Any, label: str, axes: Any) -> None:
     assert axes.get_xlabel() == ""
 
 
+@pytest.mark.parametrize("value", [torch.tensor(3.0), {"a": torch.tensor(1.0), "b": torch.tensor([2.0, 3.0])}])
+def test_the_axis_claims_no_unit_of_a_compute_of_the_users_own(value: Any, axes: Any) -> None:
+    """Whatever it returns is drawn as torchmetrics draws it."""
+
+    class Own(CrossEntropy):
+        def compute(self) -> Any:
+            return value
+
+    metric = Own()
+    metric.update(*batch())
+    metric.plot(ax=axes)
+    metric.plot([value, value])
+    plt.close()
+    assert "nats" not in axes.get_ylabel()
+    assert axes.lines
+
+
+def test_steps_are_drawn_on_axes_with_ticks_of_their_own(axes: Any) -> None:
+    """Such as those of a single value, or of a logarithmic scale."""
+    metric = CrossEntropy()
+    metric.update(*batch())
+    metric.plot(ax=axes)
+    metric.plot([metric.compute()] * 3, ax=axes)
+    axes.set_xscale("log")
+    metric.plot([metric.compute()] * 3, ax=axes)
+    assert [len(line.get_xdata()) for line in axes.lines] == [1, 3, 3]
+
+
 def test_several_values_are_steps_with_a_band(axes: Any) -> None:
     """The curve goes through the cross-entropies, and the band is their interval."""
     metric = CrossEntropyReport(confidence=0.9)

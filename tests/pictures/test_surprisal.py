@@ -145,6 +145,14 @@ def test_the_html_has_every_piece_with_what_it_cost() -> None:
     assert html.count('dir="auto"') == 1
 
 
+def test_half_a_character_can_be_written() -> None:
+    """`surrogateescape` makes such of bytes that are no text."""
+    page = page_of([("\udc80", 1.0)])
+    [(_, text)] = Spans(write_html(page, "A title", most=8.0).encode().decode()).pieces
+    assert text == r"\udc80"
+    assert drawn(page).width > 0
+
+
 def test_the_colours_of_html_are_those_of_the_picture() -> None:
     """White where a piece cost nothing, dark with white letters where it cost much."""
     pieces = Spans(write_html(page_of([("a", 0.0), ("b", 8.0)]), "A title", most=8.0)).pieces

@@ -167,7 +167,7 @@ class Dashboards:
         if nobody or self.parts.isdisjoint({"references", "pictures", "summary"}):
             return None
         counts_classes = "references" in self.parts and self._references is None
-        return ValidationStats(device, counts_classes, has_positions=ranks.of_sequences is None)
+        return ValidationStats(device, counts_classes, ranks.of_sequences is None, has_text=self._draws)
 
     def add_validation(
         self,

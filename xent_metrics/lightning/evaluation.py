@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from xent_metrics.distributed import place_among_ranks
 from xent_metrics.lightning.flattened_targets import FlattenedTargets
 from xent_metrics.lightning.repeated_samples import RepeatedSamples
 from xent_metrics.lightning.step_outputs import OutputReader, StepOutputs, Tallies
@@ -54,7 +55,8 @@ class Evaluation:
         if drawn is not None:
             if isinstance(read, StepOutputs):  # A mean cannot be taken apart.
                 read, num_repeated = self._repeated.leave_out(read, drawn)
-                if self.stats:
+                group = self._reader.sequence_group
+                if self.stats and (group is None or place_among_ranks(group)[0] == 0):  # Others have the same samples.
                     self.stats.leave_out(num_repeated)
             else:
                 self._repeated.warn(f"{self._step} returns means")

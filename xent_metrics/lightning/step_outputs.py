@@ -274,7 +274,8 @@ class OutputReader:
         if options.input != "logits" or type(outputs.preds) is not Tensor:
             return None
         preds, _ = options.shifted(outputs.preds, outputs.target)
-        return preds.detach().movedim(options.class_dim, -1)
+        scores: Tensor = preds.detach().movedim(options.class_dim, -1)
+        return scores.unsqueeze(1) if scores.dim() == 2 else scores  # Each is a sequence of one.
 
     def tally(self, outputs: StepOutputs, scored: ScoredBatch) -> Tallies:
         """Tally outputs of which the losses are known; ranks that share sequences meet in one collective."""

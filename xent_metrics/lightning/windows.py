@@ -35,8 +35,14 @@ def add_tallies(*several: Tallies) -> Tallies:
 def sum_over_ranks(several: Sequence[tuple[Any, ...]], about: str, ranks: Ranks) -> list[Any]:
     """Sum tuples of tallies over the ranks that hold different data, all of which must say the same about them."""
     summed = [tally for tallies in several for tally in tallies]
+    mistake = None
     for group in ranks.added:
-        summed = sum_tallies_over_ranks(summed, about, group)
+        try:
+            summed = sum_tallies_over_ranks(summed, about, group)
+        except ValueError as error:  # The ranks of the next group wait for this one, and have to know.
+            mistake, about = error, f"{about}, and ranks that differ"
+    if mistake is not None:
+        raise mistake
     total = iter(summed)
     return [tuple(next(total) for _ in tallies) for tallies in several]
 

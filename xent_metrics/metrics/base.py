@@ -179,7 +179,8 @@ class TallyMetric(TallyState):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw values with matplotlib, on an axis with their unit, and return figure and axes.
 
-        Intervals are bands. Of readings with intervals, the first one is drawn, which is the one in nats.
+        Intervals are bands. Of readings with intervals, the first one is drawn, which is the one in nats. What an own
+        `compute` of a subclass returns, torchmetrics draws: its unit is not known here.
 
         Args:
             val: What `forward` or `compute` returned, or a list of that, each a step; None for the present value.
@@ -191,6 +192,8 @@ class TallyMetric(TallyState):
         return self._plot_values(val, ax)
 
     def _plot_values(self, val: Any, ax: Any, group_names: Sequence[str] | None = None) -> Any:
+        if not self.has_own("compute") and group_names is None:
+            return self._plot(val, ax)
         unit = getattr(self, "unit", self._UNIT)
         label = f"{self._QUANTITY} ({unit} per target)" if unit else self._QUANTITY
         values = self.compute() if val is None else val

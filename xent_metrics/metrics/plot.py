@@ -38,6 +38,7 @@ def plot_values(
         ValueError: If a group has no name of its own.
     """
     import matplotlib.pyplot as plt  # noqa: PLC0415  # Slow to import, and needed only for drawing.
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
 
     values = list(val) if isinstance(val, (list, tuple)) else [val]
     kind = _kind(values)
@@ -60,7 +61,7 @@ def plot_values(
         ax.set_xlim(-1, 1)
     else:
         ax.set_xlabel("step")
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(ax.get_legend_handles_labels()[1]) > 1:
         ax.legend(frameon=False)
     return ax.figure, ax

@@ -43,13 +43,14 @@ def write_html(page: Page, title: str, most: float) -> str:
     has_ranks = any(piece.ranks for sequence in page for piece in sequence)
     shown = "tokens, their bits, and their ranks (1: the most likely)" if has_ranks else "tokens and their bits"
     texts = "\n".join(_paragraph(paragraph, most) for paragraph in paragraphs(page))
-    return (
+    html = (
         f'<!DOCTYPE html>\n<html lang="und"><head><meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n<style>{_STYLE}</style></head>\n<body>\n'
         f'<h1>{escape(title)}</h1>\n<p class="scale">{scale} bits</p>\n'
         f'<p class="about">Light was expected, dark was a surprise. Point at a piece for its {shown}.</p>\n'
         f"{texts}\n</body></html>\n"
     )
+    return html.encode("utf-8", "backslashreplace").decode()  # A file cannot hold half a character.
 
 
 def _paragraph(paragraph: Page, most: float) -> str:
