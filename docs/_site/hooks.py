@@ -32,6 +32,7 @@ def on_page_content(html: str, **_: Any) -> str:
 def _as_mathml(formula: re.Match[str]) -> str:
     mathml = convert(unescape(formula[2]).strip(), display="block" if formula[1] == "div" else "inline")
     mathml = re.sub(r"(?<!<msub>)<mi>ln</mi>(?!<mo)", r'<mi>ln</mi><mspace width="0.17em"/>', mathml)
+    mathml = mathml.replace("<mi>&#x000B1;</mi>", "<mo>&#x000B1;</mo>")  # With space on both sides.
     return f'<span style="white-space: nowrap">{mathml}{formula[3]}</span>' if formula[3] else mathml
 
 
