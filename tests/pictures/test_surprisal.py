@@ -89,14 +89,18 @@ def shown(text: str) -> str:
         ("e\N{COMBINING ACUTE ACCENT}a", "e\N{COMBINING ACUTE ACCENT}|a"),
         ("a\N{ZERO WIDTH JOINER}b", "a\N{ZERO WIDTH JOINER}|b"),
         ("\t", "→"),
-        ("", "U|+|F|F|F|F|E"),
     ],
 )
 def test_scripts_and_marks(text: str, expected: str) -> None:
     """What is written from right to left is turned, but for its numbers; marks stay on their character."""
-    if not text:
-        text = chr(0xFFFFE)  # No font has it: it is no character.
     assert shown(text) == expected
+
+
+def test_a_character_that_no_font_has_is_its_code_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which that are depends on the system."""
+    own = surprisal._font_with
+    monkeypatch.setattr(surprisal, "_font_with", lambda character: None if character == "字" else own(character))
+    assert shown("a字b") == "a|U|+|5|B|5|7|b"
 
 
 def test_wide_characters_take_two_cells(monkeypatch: pytest.MonkeyPatch) -> None:
