@@ -43,6 +43,12 @@ def check_group_of_ranks(name: str, group: Any) -> None:
         )
 
 
+def holds_ranks(group: ProcessGroup | None, part: ProcessGroup) -> bool:
+    """Return whether all ranks of a group are ranks of another; None is all ranks."""
+    ranks_of: Any = torch.distributed.get_process_group_ranks
+    return group is None or set(ranks_of(part)) <= set(ranks_of(group))
+
+
 def sum_over_ranks(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Return the sum of a tensor over the ranks of a group, or of all: one collective."""
     total = x.clone()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -98,6 +99,9 @@ def test_sequences_split_over_ranks(tmp_path: Path) -> None:
 
 def split_short_time(rank: int) -> list[Any]:
     """Read sequences of one target that two ranks hold together; and once more where others make their tensors."""
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    with pytest.raises(ValueError, match="`process_group` must hold the ranks of `sequence_group`"):
+        CrossEntropyReport(process_group=alone, sequence_group=dist.group.WORLD)
     data = make_data()
     time = slice(0, 1) if rank == 0 else slice(1, 1)
     values = []

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from xent_metrics.distributed import check_group_of_ranks, is_distributed
+from xent_metrics.distributed import check_group_of_ranks, holds_ranks, is_distributed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -105,18 +103,12 @@ def find_ranks(trainer: Trainer, process_group: Any, sequence_group: Any) -> Ran
     several = isinstance(process_group, Sequence) and not isinstance(process_group, str) and len(process_group) > 0
     named = process_group if several else [process_group]
     added = tuple(find("process_group", each) for each in named)
-    if of_sequences is not None and not any(_holds(group, of_sequences) for group in added):
+    if of_sequences is not None and not any(holds_ranks(group, of_sequences) for group in added):
         raise ValueError(
             "`process_group` must hold the ranks of `sequence_group`, which have other targets, got "
             f"{process_group!r} and {sequence_group!r}; name the dimensions of both, or pass a group of all of them."
         )
     return Ranks(added, of_sequences)
-
-
-def _holds(group: ProcessGroup | None, part: ProcessGroup) -> bool:
-    """Return whether all ranks of a group are ranks of another, or of all."""
-    ranks_of: Any = torch.distributed.get_process_group_ranks
-    return group is None or set(ranks_of(part)) <= set(ranks_of(group))
 
 
 def describe_trainer(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torchmetrics.utilities.exceptions import TorchMetricsUserError
 from xent_metrics import _runtime
 from xent_metrics._compat import set_at_once
 from xent_metrics._validate import check_has_values, describe
-from xent_metrics.distributed import check_group_of_ranks, place_among_ranks
+from xent_metrics.distributed import check_group_of_ranks, holds_ranks, place_among_ranks
 from xent_metrics.losses.options import BinaryOptions, LossOptions
 from xent_metrics.metrics.atomic import AtomicMetric, atomic
 from xent_metrics.metrics.saved_state import (
@@ -49,7 +49,13 @@ class TallyState(AtomicMetric):
 
     def __init__(self, update: str, decides: Mapping[str, Any], zero: Tally | GroupTally, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_group_of_ranks("sequence_group", decides.get("sequence_group"))
+        sharing = decides.get("sequence_group")
+        check_group_of_ranks("sequence_group", sharing)
+        if sharing is not None and not holds_ranks(self.process_group, sharing):
+            raise ValueError(
+                "`process_group` must hold the ranks of `sequence_group`, which have other targets, got "
+                f"{self.process_group!r} and {sharing!r}; pass a group of all of them."
+            )
         self._decides = tuple(decides)
         for name, value in decides.items():
             setattr(self, name, value.detach().clone() if isinstance(value, Tensor) else value)
