@@ -737,6 +737,7 @@ def test_only_what_replaces_a_space_stands_for_it(normalizer: Any, expected: int
     assert token_byte_lengths(tokenizer).tolist() == [expected]
 
 
+@pytest.mark.slow
 def test_no_tokenizer_library_is_needed() -> None:
     """The module imports, and refuses a string, where none of the libraries can be imported."""
     script = """

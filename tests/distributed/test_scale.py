@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from fractions import Fraction
 
+import pytest
 import torch
 
 from tests.strategies import UNIT, tally_of
@@ -59,6 +60,7 @@ def fold(tallies: Tally, seed: int) -> Tally:
     return Tally(tallies.state[0]) + Tally.zero()
 
 
+@pytest.mark.slow
 def test_many_ranks_and_tokens() -> None:
     """16,384 ranks with `10**13` tokens in total give the same bits in any tree of sums, and those are exact."""
     total = 10**13

@@ -90,6 +90,7 @@ def assert_right(lines: list[str], logs: Path) -> None:
     assert f"Validation: {validation.value:.4f} bits per token" in lines[2]
 
 
+@pytest.mark.slow
 def test_the_text_has_the_entropy_that_is_printed() -> None:
     """The entropy rate is that of the frequencies with which the chain draws, and below what a uniform text has."""
     tokens = torch.cat([document[:-1] for document in example.make_documents(2000, seed=5)])

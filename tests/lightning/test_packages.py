@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 ORDERS = {
     "the one": ["lightning.pytorch", "xent_metrics.lightning"],
@@ -42,6 +44,7 @@ for name, order in {orders}.items():
 """
 
 
+@pytest.mark.slow
 def test_only_what_is_loaded_is_a_base(tmp_path) -> None:
     """And whatever is loaded later is one too; with neither, the first that is installed is loaded."""
     for package in ("lightning/pytorch", "pytorch_lightning"):  # Stand-ins, as the real ones take seconds.

@@ -91,7 +91,7 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[s
     return values
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_samples_that_ranks_repeat_are_scored_once(tmp_path, of_one_process, world_size) -> None:
     """Validation and test are those of one process to the last bit, bounds included, whatever the batch size."""
     for values, said in run_ranks(world_size, evaluate_uneven, tmp_path=tmp_path):

@@ -148,6 +148,7 @@ def test_another_thread_may_compile_meanwhile(
     assert peak_bytes(lambda: metric.update(preds, target)) < 2**23
 
 
+@pytest.mark.slow
 def test_threads_compile_once_and_agree() -> None:
     """Metrics of several threads make the same losses, of one kernel."""
     preds, target = torch.randn(300, 11), torch.randint(0, 11, (300,))
@@ -212,8 +213,9 @@ def graph_of(backend: Any, num_rows: int, soft: bool = False) -> Graphs:
     return graphs
 
 
-@pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hard", "soft"])
-@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "compile"])
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@pytest.mark.parametrize("backend", ["auto", "compile"])
+@pytest.mark.slow
 def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
     """In a function that is compiled there is one graph, which does not grow with the batch."""
     small, large = (graph_of(backend, num_rows, soft) for num_rows in (20, 300))
@@ -222,6 +224,7 @@ def test_a_part_of_what_is_compiled(backend: str, soft: bool) -> None:
     assert small.passes == large.passes == 1 + soft
 
 
+@pytest.mark.slow
 def test_eager_is_a_part_in_blocks() -> None:
     """Losses that are to be made a few rows at a time are also there."""
     assert graph_of("eager", 150).passes == 3  # Of 65 rows, which are 2 MiB.

@@ -333,6 +333,7 @@ def test_every_order_of_dimensions(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.usefixtures("_of_few")
+@pytest.mark.slow
 def test_any_strides() -> None:
     """Dimensions that step anywhere, backwards over each other or not at all, from anywhere in memory."""
     memory = torch.randn(500)

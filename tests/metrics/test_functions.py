@@ -64,6 +64,7 @@ def test_worked_values() -> None:
         assert result[1:] == pytest.approx([bits, perplexity], rel=1e-14)
 
 
+@pytest.mark.slow
 def test_markov_source() -> None:
     """A Markov source judged by its own transition matrix costs the entropy of its steps, near its entropy rate."""
     stay = torch.tensor([0.9, 0.6], dtype=torch.float64)

@@ -109,6 +109,7 @@ def test_each_group_has_its_own_infinities() -> None:
         read(GroupedCrossEntropy(7, input="losses", nan_policy="raise"), *batch)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_groups(operators: Operators) -> None:
     """Many groups are as exact as few, and take no operator more."""
     size, num_groups = 150_000, 100_000

@@ -146,6 +146,7 @@ def test_a_scale_or_cap_is_a_positive_number(name: str) -> None:
 
 
 @pytest.mark.parametrize("preds", [True], indirect=True)
+@pytest.mark.slow
 def test_compiled_code_makes_and_takes_it(preds: LinearLogits) -> None:
     """In one graph, with the same value."""
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 # A number, and a dict of two models. The others are slow.
-QUICK = ("cross_entropy-soft", "cross_entropy_difference")
+QUICK = ("cross_entropy-soft",)
 QUICK_EXPORTED = ("cross_entropy-shift", "tally")
 
 

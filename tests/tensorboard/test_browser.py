@@ -114,6 +114,7 @@ def test_time_series(dashboard) -> None:
     }
 
 
+@pytest.mark.slow
 def test_scalars(dashboard) -> None:
     """Cards with a line for each run, one of them with a description."""
     described = Scalar("val/cross_entropy", "val/cross_entropy", DESCRIPTION.replace("*", ""), 2)
