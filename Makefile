@@ -8,6 +8,8 @@ GPU ?=
 COMPAT ?=
 PICTURES ?=
 PYTEST_ARGS ?=
+# One process more than there are cores, as tests of ranks and servers wait for what they started.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
 # What .venv is set up with: the versions that were tested. With CONSTRAINTS=/dev/null it takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
@@ -71,7 +73,7 @@ wheel: $(WHEEL)/ready  ## build the package, and check it as those have it who i
 
 test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
 	HYPOTHESIS_STORAGE_DIRECTORY="$$(realpath $(VENV))/cache/hypothesis" \
-		$(BIN)/python -m pytest -o cache_dir=$(VENV)/cache/pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
+		$(BIN)/python -m pytest -o cache_dir=$(VENV)/cache/pytest -n $(WORKERS) --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 
 lint: $(READY)  ## check style and formatting, and what a forge reads
 	$(BIN)/python -m ruff check
