@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.instruments import allocator_peak
-from xent_metrics.page import NUM_CHARACTERS, Decode, Piece, write_page
+from xent_metrics.page import NUM_CHARACTERS, Decode, Piece, Row, write_page
 from xent_metrics.validation_stats import ValidationStats
 
 LN_2 = math.log(2)
@@ -62,9 +62,9 @@ KINDS = {"bytes": byte_level, "word pieces": word_piece, "sentence pieces": sent
 
 def page_of(tokens: list[int], decode: Decode | None, room: int = NUM_CHARACTERS) -> list[Piece]:
     """Return the pieces of one sequence; the first token cost 0 bits, the next one 1, and so on."""
-    losses = [[i * LN_2 for i in range(len(tokens))]]
-    ranks = [[1 + 10 * i for i in range(len(tokens))]]
-    page = write_page([tokens], losses, [[True] * len(tokens)], ranks, decode, room)
+    losses = [i * LN_2 for i in range(len(tokens))]
+    ranks = [1 + 10 * i for i in range(len(tokens))]
+    page = write_page([Row(tokens, losses, [True] * len(tokens), ranks)], decode, room)
     return page[0] if page else []
 
 
@@ -112,7 +112,7 @@ def test_bytes_that_belong_to_a_piece_before_them_are_no_mistake_of_decode() -> 
 
 def test_infinite_losses_in_one_character_are_no_trouble() -> None:
     """They add up to NaN."""
-    [[piece]] = write_page([[*"é".encode()]], [[math.inf, -math.inf]], [[True] * 2], None, decode_bytes)
+    [[piece]] = write_page([Row([*"é".encode()], [math.inf, -math.inf], [True] * 2)], decode_bytes)
     assert math.isnan(piece.bits)
 
 
@@ -124,8 +124,8 @@ def test_a_token_without_text_is_a_piece_of_its_own() -> None:
 
 def test_what_is_not_scored_is_left_out() -> None:
     """Padding has no text; without `decode` numbers are shown."""
-    losses, scored = [[9.0, LN_2, 2 * LN_2, 0.0], [1.0] * 4], [[False, True, True, True], [False] * 4]
-    page = write_page([[-100, 1, 2, 1], [7] * 4], losses, scored, None, None)
+    padded = Row([-100, 1, 2, 1], [9.0, LN_2, 2 * LN_2, 0.0], [False, True, True, True])
+    page = write_page([padded, Row([7] * 4, [1.0] * 4, [False] * 4)], None)
     assert page == [[Piece("1 ", 1.0, (1,)), Piece("2 ", 2.0, (2,)), Piece("1 ", 0.0, (1,))]]
 
 

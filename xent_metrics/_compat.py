@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from xent_metrics import _runtime
+
 Result = TypeVar("Result")
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -40,10 +42,18 @@ def compile_often(function: Callable[..., Result], limit: int) -> Callable[..., 
     return call
 
 
+def can_view_digits() -> bool:
+    """Return whether a view of int64 as int16 has the digits of each number side by side.
+
+    Can go with PyTorch 2.13: compilers before it view numbers in whatever order they have laid them out.
+    """
+    return TORCH >= (2, 13) or not _runtime.is_traced()
+
+
 def digits_by_shifts(numbers: Tensor) -> Tensor:
     """Return what `numbers.view(torch.int16)` is of int64, as int64: four signed digits of each, the lowest first.
 
-    Can go with PyTorch 2.13: compilers before it view numbers in whatever order they have laid them out.
+    Can go with `can_view_digits`.
     """
     return torch.stack([(numbers << shift) >> 48 for shift in (48, 32, 16, 0)], -1).flatten(-2)
 
@@ -53,7 +63,7 @@ def set_at_once(obj: object, values: dict[str, Any]) -> None:
 
     Can go with PyTorch 2.13: compilers before it cannot trace `__dict__.update`.
     """
-    if TORCH < (2, 13) and torch.compiler.is_dynamo_compiling():
+    if TORCH < (2, 13) and _runtime.is_traced():
         for name, value in values.items():
             setattr(obj, name, value)
     else:
@@ -65,6 +75,6 @@ def has_autocast(device: str) -> bool:
 
     Can go with PyTorch 2.13: compilers before it cannot trace `torch.amp.is_autocast_available`.
     """
-    if TORCH < (2, 13) and torch.compiler.is_dynamo_compiling():
+    if TORCH < (2, 13) and _runtime.is_traced():
         return device != "meta"
     return torch.amp.is_autocast_available(device)

@@ -7,7 +7,8 @@ is given once, such as a class weight; those of a batch get a status each (`loss
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any
 
@@ -411,3 +412,20 @@ def is_integer(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Return whether a value is an int or a float and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+@contextmanager
+def in_words_of(caller: Mapping[str, str], source: str = "") -> Iterator[None]:
+    """Let errors about the arguments of a metric use the words of whoever passed them on.
+
+    Args:
+        caller: What it says in place of what.
+        source: What it says first.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        for words, others in caller.items():
+            message = message.replace(words, others)
+        raise type(error)(source + message) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 Decode = Callable[[list[int]], str]
@@ -39,21 +39,27 @@ Page = list[list[Piece]]
 """The pieces of each sequence."""
 
 
-def write_page(
-    ids: Sequence[Sequence[int]],
-    losses: Sequence[Sequence[float]],
-    scored: Sequence[Sequence[bool]],
-    ranks: Sequence[Sequence[int]] | None,
-    decode: Decode | None,
-    num_characters: int = NUM_CHARACTERS,
-) -> Page:
+class Row(NamedTuple):
+    """The targets of a sequence.
+
+    Attributes:
+        ids: Their classes: tokens.
+        losses: The loss of each in nats.
+        scored: Whether each is scored; the others, such as padding, are left out.
+        ranks: The place of each among all classes, 0 if it is not known; None if none is.
+    """
+
+    ids: Sequence[int]
+    losses: Sequence[float]
+    scored: Sequence[bool]
+    ranks: Sequence[int] | None = None
+
+
+def write_page(rows: Iterable[Row], decode: Decode | None, num_characters: int = NUM_CHARACTERS) -> Page:
     """Return the page of some sequences, as long as there is room.
 
     Args:
-        ids: Their tokens.
-        losses: The loss of each token in nats.
-        scored: Whether each token is scored; the others, such as padding, are left out.
-        ranks: The place of each token among all classes, 0 if it is not known; None if none is.
+        rows: The sequences.
         decode: Turns a list of tokens into text; None shows their numbers.
         num_characters: How many characters there is room for.
 
@@ -61,17 +67,17 @@ def write_page(
         ValueError: If `decode` raises, returns no text, or looks at the first token only.
     """
     page: Page = []
-    for row in range(len(ids)):
-        kept = [i for i, is_scored in enumerate(scored[row]) if is_scored]
-        tokens = [ids[row][i] for i in kept]
+    for row in rows:
+        kept = [i for i, is_scored in enumerate(row.scored) if is_scored]
+        tokens = [row.ids[i] for i in kept]
         sequence: list[Piece] = []
         first = 0
         for last, text in _cut(tokens, decode):
             if num_characters <= 0:
-                break
+                return [*page, sequence] if sequence else page
             of_piece = kept[first:last]
-            bits = sum(losses[row][i] for i in of_piece) / math.log(2)
-            places = () if ranks is None else tuple(ranks[row][i] for i in of_piece)
+            bits = sum(row.losses[i] for i in of_piece) / math.log(2)
+            places = () if row.ranks is None else tuple(row.ranks[i] for i in of_piece)
             sequence.append(Piece(text, bits, tuple(tokens[first:last]), places if all(places) else ()))
             num_characters -= max(1, len(text))
             first = last

@@ -8,14 +8,14 @@ that each class occurs. Nothing here needs Lightning or TensorBoard.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent_metrics.page import NUM_CHARACTERS, Decode, Page, write_page
+from xent_metrics.page import NUM_CHARACTERS, Decode, Page, Row, write_page
 
 BINS_PER_BIT = 4
 MAX_BITS = 24
@@ -193,16 +193,12 @@ class ValidationStats:
 
     def page(self, decode: Decode | None) -> Page:
         """Return the first text of this rank; `decode` is that of `write_page`."""
-        page: Page = []
-        room = NUM_CHARACTERS
+        return write_page(self._rows(), decode)
+
+    def _rows(self) -> Iterator[Row]:
         for ids, losses, scored, ranks in self._first:
-            if room <= 0:
-                break
-            places = None if ranks is None else ranks.tolist()
-            added = write_page(ids.tolist(), losses.tolist(), scored.tolist(), places, decode, room)
-            room -= sum(max(1, len(piece.text)) for sequence in added for piece in sequence)
-            page += added
-        return page
+            places = [None] * len(ids) if ranks is None else ranks.tolist()
+            yield from map(Row, ids.tolist(), losses.tolist(), scored.tolist(), places)
 
 
 def _ranks(scores: Tensor, ids: Tensor, most: int) -> Tensor:

@@ -89,7 +89,7 @@ class CrossEntropyMonitor(Callback):
         - `{stage}_by_group/{reading}/{group}`: each of `groups` by itself, wherever it has targets;
         - only to TensorBoard, `val/uniform_bits_per_token` and `val/unigram_bits_per_token`; to it, Weights & Biases,
           MLflow and Comet the images `val/distribution`, `val/by_position`, `val/interval` and `val/surprisal`, and the
-          text `summary`; see `dashboards`.
+          pages `summary` and `val/surprisal_page` (for TensorBoard a file); see `dashboards`.
 
         NaN is logged where there are no targets.
 

@@ -24,6 +24,7 @@ from xent_metrics._validate import (
     as_tensor_hint,
     as_token_table,
     describe,
+    in_words_of,
     is_integer,
     is_integral,
 )
@@ -47,6 +48,9 @@ Tallies = tuple[Tally | GroupTally, ...]
 """All targets, in `OutputReader.units` side by side; then, with groups, a tally of the groups for each such unit."""
 
 NO_EXTRA: Mapping[str, Tensor] = MappingProxyType({})
+
+# A step has no `input`.
+_WORDS = {" with `input='losses'`": "", "pass `input='logits'`": 'return it as "logits"'}
 
 _FORMS = (
     '{"losses": per-target losses in nats, "target": ...}, {"logits": ..., "target": ...} '
@@ -224,10 +228,8 @@ class OutputReader:
 
     def score(self, outputs: StepOutputs) -> ScoredBatch:
         """Return the losses of all targets; warn if the first logits of a step look like none."""
-        try:
+        with in_words_of({**_WORDS, "`preds`": f'"{outputs.options.input}"'}, f"{outputs.source} returned: "):
             scored = score_batch(outputs.preds, outputs.target, None, outputs.options, token_bytes=self.token_bytes)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{outputs.source} returned: {_of_step(str(error), outputs.options.input)}") from None
         self._look_at(outputs)
         return scored
 
@@ -439,9 +441,3 @@ def _as_table(token_bytes: Sequence[int] | Tensor | str) -> Tensor:
     if listed and all(is_integer(as_plain(x)) for x in token_bytes):
         token_bytes = torch.tensor([as_plain(x) for x in token_bytes], dtype=torch.int64, device="cpu")
     return as_token_table(token_bytes)  # type: ignore[arg-type]  # It raises on anything else.
-
-
-def _of_step(message: str, kind: str) -> str:
-    """Return an error about the arguments of a metric in the words of a step, which has no `preds` and no `input`."""
-    message = message.replace(" with `input='losses'`", "").replace("pass `input='logits'`", 'return it as "logits"')
-    return message.replace("`preds`", f'"{kind}"')

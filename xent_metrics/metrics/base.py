@@ -60,10 +60,7 @@ class TallyMetric(TallyState):
     __jit_unused_properties__: ClassVar[list[str]] = [*Metric.__jit_unused_properties__, "tally"]
 
     _TARGETS, _WEIGHTS = CLASS_TARGETS, "`weight`"  # What errors say of them.
-    _QUANTITY, _UNIT = (
-        "cross-entropy",
-        "nats",
-    )  # On the axis of a plot; "" for no unit.
+    _QUANTITY, _UNIT = "cross-entropy", "nats"  # On the axis of a plot.
     _NUM_POSITIONAL = 2  # Arguments of an update: predictions, then targets.
     _overridden: ClassVar[dict[str, type]] = {}  # What classes outside the library define, and which one does.
     _own: ClassVar[frozenset[str]] = frozenset(_PARTS)  # Which of `update` and `compute` they leave alone.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_plain
+from xent_metrics._validate import as_plain, in_words_of
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -48,25 +46,16 @@ def tally_difference(
 ) -> Tally:
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with _runtime.no_graph():
-        with _named("preds_a"):
+        with in_words_of({"`preds`": "`preds_a`"}):
             first, weights = score_unweighted(preds_a, target, weight, options)
             raise_mistakes(first.weighted(weights), preds_a, target, options, weights)
-        with _named("preds_b"):
+        with in_words_of({"`preds`": "`preds_b`"}):
             second, weights = score_unweighted(preds_b, target, weight, options)
             raise_mistakes(second.weighted(weights), preds_b, target, options, weights)
         losses = difference(first, second).weighted(weights)
         if sequence is None:
             return tally_losses(losses, sequence_group)
         return tally_sequences(losses, as_sequence(sequence, target, options, losses, sequence_group))
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Let errors about `preds` name the argument that it is called by."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("`preds`", f"`{name}`")) from None
 
 
 class CrossEntropyDifference(TallyMetric):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._compat import TORCH, digits_by_shifts
+from xent_metrics._compat import can_view_digits, digits_by_shifts
 
 NUM_LIMBS = 5
 NUM_LOW_LIMBS = 2
@@ -100,12 +100,12 @@ def gram_of_digits(numbers: Tensor) -> Tensor:
     # of each digit takes 2**15 off again, so that `view` reads signed digits of 16 bits.
     numbers += _HALVES
     numbers ^= _HALVES
-    if TORCH < (2, 13) and _runtime.is_traced():
-        digits = digits_by_shifts(numbers)
-    else:
+    if can_view_digits():
         digits = numbers.view(torch.int16)
         if sys.byteorder == "big":
             digits = digits.view(*numbers.shape, 4).flip(-1).view(digits.shape)
+    else:
+        digits = digits_by_shifts(numbers)
     if _runtime.widest_float(digits.device) != torch.float64:  # Nor is there a matrix product of integers.
         integers = digits.to(torch.int64)
         return (integers.unsqueeze(-1) * integers.unsqueeze(-2)).sum(0)
