@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from tests.lightning.fits import NUM_TRAIN, Model, make_trainer, ragged_loader
 from xent_metrics.lightning import CrossEntropyMonitor
+from xent_metrics.lightning.dashboards import Dashboards
 from xent_metrics.lightning.media import find_media
+from xent_metrics.lightning.trainer import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")
 PICTURES = ["distribution", "by_position", "surprisal"]
@@ -82,6 +85,14 @@ def test_nothing_is_drawn_or_written_that_was_not_asked_for(tmp_path, parts) -> 
         Model(), ragged_loader(NUM_TRAIN), ragged_loader(3)
     )
     assert logger.like.kept == []
+
+
+@pytest.mark.parametrize(("parts", "collects"), [(("references",), False), (("summary",), True), (("pictures",), True)])
+def test_nothing_is_collected_for_a_logger_that_gets_none_of_it(tmp_path, parts, collects) -> None:
+    """Reference lines are TensorBoard's alone."""
+    dashboards = Dashboards(parts, ("cross_entropy",), (), "")
+    dashboards.attach([Like(tmp_path)], writes=True, has_hparams=False)
+    assert (dashboards.new_stats(torch.device("cpu"), Ranks()) is not None) == collects
 
 
 class Unlike(Experiment):

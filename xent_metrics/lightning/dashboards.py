@@ -83,7 +83,8 @@ class Dashboards:
         if self._hparams_due:
             _give_way(self._loggers)
         self._dashboards = self._find_dashboards() if writes and self._loggers else []
-        others = map(find_media, loggers if writes else ())
+        has_media = writes and not self.parts.isdisjoint({"pictures", "summary"})
+        others = map(find_media, loggers if has_media else ())
         self._media = [*self._dashboards, *(media for media in others if media is not None)]
         self._draws = bool(self._media) and "pictures" in self.parts
         if self._draws and find_spec("matplotlib") is None:
