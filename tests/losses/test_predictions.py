@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from tests.losses.compiling import needs_compiler
@@ -48,6 +49,27 @@ def test_accuracy_is_that_of_torchmetrics(num_classes: int, dtype: torch.dtype) 
     logits, target = batch(num_classes, dtype)
     expected = multiclass_accuracy(logits, target, num_classes, average="micro")
     assert report(logits, target).compute()["accuracy"].float() == expected
+
+
+class WidestArgmax(TorchDispatchMode):
+    """Records among how many classes at most `argmax` looked for the largest score."""
+
+    num_classes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "argmax" in str(func):
+            self.num_classes = max(self.num_classes, args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_are_clear_are_not_read_again() -> None:
+    """`argmax` over all classes takes as long as the loss."""
+    logits, target = torch.randn(40, 50_257), torch.arange(40)
+    logits[target, target + torch.arange(40) % 2] = 20.0
+    with WidestArgmax() as widest:
+        metric = report(logits, target)
+    assert 1 < widest.num_classes < 1000
+    assert metric.compute()["accuracy"] == 0.5
 
 
 @pytest.mark.usefixtures("hidden_values")

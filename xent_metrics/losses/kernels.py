@@ -194,7 +194,7 @@ def are_most_likely(scores: Tensor, index: Tensor, sums: RowSums) -> Tensor:
     else:
         greatest, where, terms = _likely_chunk(scores, sums.exponentials)
         top = terms.amax(1)
-        share = greatest / (terms - top.unsqueeze(1)).exp_().sum(1) * (of_target - top).exp()
+        share = greatest / (terms - top.unsqueeze(1)).exp_().sum(1)  # Of a class at the top, as a hit is.
         num_rivals = (sums.exponentials >= 0.999 * share.unsqueeze(1)).sum(1)  # Its own chunk is one.
         is_first = terms.argmax(1) == index - where * _CHUNK
         is_hit, is_miss = is_first & (num_rivals == 1), of_target < top
