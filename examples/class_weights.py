@@ -36,7 +36,7 @@ def evaluate(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[fl
         losses.append(F.cross_entropy(logits, target, weight=CLASS_WEIGHT))
     mean = torch.stack(losses).mean()
     if dist.is_initialized():
-        dist.all_reduce(mean, dist.ReduceOp.AVG)
+        dist.all_reduce(mean.div_(dist.get_world_size()))
     return metric.compute().item(), mean.item()  # `compute`, on every process, adds up over all of them.
 
 

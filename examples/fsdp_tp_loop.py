@@ -26,7 +26,7 @@ def make_batches(rank: int = 0, num_ranks: int = 1) -> list[Tensor]:
 def train(mesh: dist.DeviceMesh) -> tuple[dict[str, Tensor], float]:
     """Train; return the readings of all tokens, and the mean of the mean losses of steps and data-parallel ranks."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(33, 32), nn.Linear(32, 33))
+    model = nn.Sequential(nn.Embedding(36, 32), nn.Linear(32, 36))
     head = parallel.ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     fully_shard(parallel.parallelize_module(model, mesh["tp"], {"1": head}), mesh=mesh["dp"])
     optimizer, group = torch.optim.AdamW(model.parameters(), lr=1e-2), mesh["dp"].get_group()
@@ -41,7 +41,7 @@ def train(mesh: dist.DeviceMesh) -> tuple[dict[str, Tensor], float]:
         optimizer.zero_grad()
         report.update(logits.detach(), target)
         losses.append(loss.detach().to_local())
-    dist.all_reduce(mean := torch.stack(losses).mean(), dist.ReduceOp.AVG, group)
+    dist.all_reduce(mean := torch.stack(losses).mean() / dist.get_world_size(group), group=group)
     return report.compute(), mean.item()
 
 

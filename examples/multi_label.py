@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[Te
         means.append(losses.where(labels != UNKNOWN, torch.nan).nanmean(0))
     mean = torch.stack(means).nanmean(0)
     if dist.is_initialized():
-        dist.all_reduce(mean, dist.ReduceOp.AVG)
+        dist.all_reduce(mean.div_(dist.get_world_size()))
     return *compute_together({"all": overall, "by_label": by_label}).values(), mean  # In one collective.
 
 

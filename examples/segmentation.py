@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> tuple[di
         losses.append(F.cross_entropy(logits, target, ignore_index=VOID))
     mean = torch.stack(losses).mean()
     if dist.is_initialized():
-        dist.all_reduce(mean, dist.ReduceOp.AVG)
+        dist.all_reduce(mean.div_(dist.get_world_size()))
     return *compute_together({"all": report, "by_class": by_class}).values(), mean.item()  # In one collective.
 
 

@@ -38,10 +38,13 @@ class Combination(NamedTuple):
     pins: tuple[str, ...] = ()
 
 
-_OLDEST = ("torch==2.11.0", "torchmetrics==1.7.0", "lightning==2.5.6", "pytorch-lightning==2.5.6", "numpy==1.26.4")
+_OLDEST = (
+    "torch==2.6.0", "torchmetrics==1.7.0", "lightning==2.5.3", "pytorch-lightning==2.5.3", "numpy==1.26.4",
+    "tensorboard==2.18.0", "matplotlib==3.10.0", "jsonargparse==4.39.0",
+)  # fmt: skip
 COMBINATIONS: Mapping[str, Combination] = {
     "oldest": Combination("3.10", _OLDEST),
-    "middle": Combination("3.12", ("torch==2.13.0",)),
+    "middle": Combination("3.12", ("torch==2.11.0",)),
     "newest": Combination("3.13"),
 }
 

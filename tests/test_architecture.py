@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = "xent_metrics"
 # A module or folder of the library imports those before it, and its own siblings.
 LAYERS = (
-    "distributed", "_runtime", "_compat", "_validate", "_rounding", "_student", "losses", "tally", "_intervals",
+    "distributed", "_compat", "_runtime", "_validate", "_rounding", "_student", "losses", "tally", "_intervals",
     "reading_info", "readings", "metrics", "functional", "_tokenizers", "token_bytes", "token_windows", "packing",
     "tags", "page", "validation_stats", "pictures", "summary", "tensorboard", "lightning",
 )  # fmt: skip

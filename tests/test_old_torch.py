@@ -15,15 +15,15 @@ from xent_metrics import _compat
 LIBRARY = Path(__file__).parents[1] / "xent_metrics"
 
 
-@pytest.mark.parametrize("version", ["2.10.0+cu128", "2.9.1", "1.13.1"])
+@pytest.mark.parametrize("version", ["2.5.1+cu124", "2.4.0", "1.13.1"])
 def test_one_that_was_not_verified_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever installs without looking at what is asked for gets an error, and no number."""
     monkeypatch.setattr(torch, "__version__", version)
-    with pytest.raises(ImportError, match=rf"needs PyTorch 2.11 .*, got {re.escape(version)}: .* install torch>="):
+    with pytest.raises(ImportError, match=rf"needs PyTorch 2.6 .*, got {re.escape(version)}: .* install torch>="):
         importlib.reload(_compat)
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.13.0a0+git1234567", "3.0.0"])
+@pytest.mark.parametrize("version", ["2.6.0", "2.13.0a0+git1234567", "3.0.0"])
 def test_newer_ones_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared, not letters; what was built from sources has a version too."""
     with monkeypatch.context() as patch:
@@ -38,16 +38,20 @@ def test_the_limit_of_compilations_is_that_of_the_kernel(
     torch_version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older one takes it from the process, where it is ours only while a kernel runs."""
-    before = torch._dynamo.config.recompile_limit
+
+    def limit_here() -> int:
+        return int(getattr(torch._dynamo.config, _compat.RECOMPILE_LIMIT))
+
+    before = limit_here()
 
     def compiler(function: Any, recompile_limit: int | None = None, **options: Any) -> Any:
         assert options == {"dynamic": True, "fullgraph": True}
-        return lambda *args: (recompile_limit or torch._dynamo.config.recompile_limit, *function(*args))
+        return lambda *args: (recompile_limit or limit_here(), *function(*args))
 
     monkeypatch.setattr(_compat, "TORCH", torch_version)
     monkeypatch.setattr(torch, "compile", compiler)
     assert _compat.compile_often(lambda *args: args, 77)(1, 2) == (77, 1, 2)
-    assert torch._dynamo.config.recompile_limit == before
+    assert limit_here() == before
 
 
 @pytest.mark.parametrize("shape", [(0, 2), (1, 1), (50, 2)])
@@ -57,6 +61,25 @@ def test_digits_by_shifts_are_those_of_a_view(shape: tuple[int, int]) -> None:
     extremes = torch.tensor([-(2**63), 2**63 - 1, -1, 0, -(2**15), 2**15])
     for x in (numbers, extremes.view(3, 2)):
         assert torch.equal(_compat.digits_by_shifts(x), x.view(torch.int16).to(torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32], ids=str)
+def test_unsigned_integers_are_picked_by_a_mask(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are negative as signed ones."""
+    monkeypatch.setattr(_compat, "TORCH", (2, 8))
+    least = -1 if dtype == torch.int32 else 0
+    numbers = torch.tensor([least, 1, torch.iinfo(dtype).max, 3], dtype=dtype)
+    picked = _compat.where_true(numbers, torch.tensor([True, False, True, False]))
+    assert picked.dtype == dtype
+    assert picked.tolist() == [least, torch.iinfo(dtype).max]
+
+
+def test_exporting_is_seen_by_an_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there was a function for it, one that says so of everything that is traced."""
+    assert not _compat.is_exporting()
+    monkeypatch.setattr(_compat, "TORCH", (2, 6))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert _compat.is_exporting()
 
 
 def test_no_other_module_asks_for_a_version() -> None:

@@ -12,16 +12,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from xent_metrics import _runtime
-
 Result = TypeVar("Result")
 
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
-if TORCH < (2, 11):  # Where an installer did not look.
+if TORCH < (2, 6):  # Where an installer did not look.
     raise ImportError(
-        f"xent_metrics needs PyTorch 2.11 or newer, got {torch.__version__}: older compilers cannot trace it, and its "
-        "numbers were not verified there; install torch>=2.11."
+        f"xent_metrics needs PyTorch 2.6 or newer, got {torch.__version__}: older compilers cannot trace it, and its "
+        "numbers were not verified there; install torch>=2.6."
     )
+
+
+RECOMPILE_LIMIT = "recompile_limit" if TORCH >= (2, 7) else "cache_size_limit"
 
 
 def compile_often(function: Callable[..., Result], limit: int) -> Callable[..., Result]:
@@ -36,10 +37,18 @@ def compile_often(function: Callable[..., Result], limit: int) -> Callable[..., 
 
     @wraps(function)
     def call(*args: Any) -> Result:
-        with torch._dynamo.config.patch(recompile_limit=limit):
+        with torch._dynamo.config.patch({RECOMPILE_LIMIT: limit}):
             return compiled(*args)
 
     return call
+
+
+def is_exporting() -> bool:
+    """Return whether this call is being exported; compiled, too, before PyTorch 2.7.
+
+    Can go with PyTorch 2.7, which has `torch.compiler.is_exporting`.
+    """
+    return torch.compiler.is_exporting() if TORCH >= (2, 7) else torch.compiler.is_compiling()
 
 
 def can_view_digits() -> bool:
@@ -47,7 +56,7 @@ def can_view_digits() -> bool:
 
     Can go with PyTorch 2.13: compilers before it view numbers in whatever order they have laid them out.
     """
-    return TORCH >= (2, 13) or not _runtime.is_traced()
+    return TORCH >= (2, 13) or not (torch.compiler.is_dynamo_compiling() or is_exporting())
 
 
 def digits_by_shifts(numbers: Tensor) -> Tensor:
@@ -58,12 +67,21 @@ def digits_by_shifts(numbers: Tensor) -> Tensor:
     return torch.stack([(numbers << shift) >> 48 for shift in (48, 32, 16, 0)], -1).flatten(-2)
 
 
+def where_true(x: Tensor, mask: Tensor) -> Tensor:
+    """Return `x[mask]`.
+
+    Can go with PyTorch 2.9: before, nothing can be picked from unsigned integers wider than a byte.
+    """
+    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(x.dtype)
+    return x[mask] if signed is None or TORCH >= (2, 9) else x.view(signed)[mask].view(x.dtype)
+
+
 def set_at_once(obj: object, values: dict[str, Any]) -> None:
     """Set attributes in one step, past `__setattr__`; a step of traced code is one anyway.
 
     Can go with PyTorch 2.13: compilers before it cannot trace `__dict__.update`.
     """
-    if TORCH < (2, 13) and _runtime.is_traced():
+    if TORCH < (2, 13) and torch.compiler.is_dynamo_compiling():
         for name, value in values.items():
             setattr(obj, name, value)
     else:
@@ -75,6 +93,6 @@ def has_autocast(device: str) -> bool:
 
     Can go with PyTorch 2.13: compilers before it cannot trace `torch.amp.is_autocast_available`.
     """
-    if TORCH < (2, 13) and _runtime.is_traced():
+    if TORCH < (2, 13) and torch.compiler.is_dynamo_compiling():
         return device != "meta"
     return torch.amp.is_autocast_available(device)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from xent_metrics._compat import is_exporting
 from xent_metrics.distributed import is_distributed
 
 _NOTHING_TO_DO = nullcontext()
@@ -24,7 +25,7 @@ def is_traced() -> bool:
 
     `torch.compiler.is_compiling` is also true for everything that runs while another thread compiles.
     """
-    return torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling() or is_exporting()
 
 
 def is_transformed() -> bool:

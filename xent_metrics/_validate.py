@@ -7,8 +7,7 @@ is given once, such as a class weight; those of a batch get a status each (`loss
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -162,9 +161,8 @@ def check_binary(preds: Tensor, target: Tensor, pos_weight: Tensor | None) -> No
 
 def check_broadcastable(name: str, value: Tensor, shape: torch.Size, hint: str) -> None:
     """Raise unless a tensor can be expanded to target's shape."""
-    fits = value.dim() <= len(shape) and all(
-        own in (1, wanted) for own, wanted in zip(reversed(value.shape), reversed(shape), strict=False)
-    )
+    last = shape[max(len(shape) - value.dim(), 0) :]
+    fits = len(last) == value.dim() and all(own in (1, size) for own, size in zip(value.shape, last, strict=True))
     if not fits:
         hint = _reshaping(name, value.shape, shape) or hint
         raise ValueError(
@@ -391,9 +389,9 @@ def is_integral(x: Tensor) -> bool:
 
 def as_plain(value: Any) -> Any:
     """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
-    if value is None or isinstance(value, bool | str):
+    if value is None or isinstance(value, (bool, str)):
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, (int, float)):
         return value if type(value) in (int, float) else int(value) if isinstance(value, int) else float(value)
     # A tensor may be on a device that would be waited for; and some booleans have an index.
     if isinstance(value, Tensor) or str(getattr(value, "dtype", "")).endswith("bool"):
@@ -411,21 +409,28 @@ def is_integer(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Return whether a value is an int or a float and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-@contextmanager
-def in_words_of(caller: Mapping[str, str], source: str = "") -> Iterator[None]:
-    """Let errors about the arguments of a metric use the words of whoever passed them on.
+class InWordsOf:
+    """Lets errors about the arguments of a metric use the words of whoever passed them on.
 
     Args:
         caller: What it says in place of what.
         source: What it says first.
     """
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        message = str(error)
-        for words, others in caller.items():
-            message = message.replace(words, others)
-        raise type(error)(source + message) from None
+
+    # Compilers of PyTorch before 2.8 cannot trace `contextmanager`.
+
+    def __init__(self, caller: Mapping[str, str], source: str = "") -> None:
+        self._caller, self._source = caller, source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (TypeError, ValueError)):
+            message = str(error)
+            for words, others in self._caller.items():
+                message = message.replace(words, others)
+            raise type(error)(self._source + message) from None

@@ -28,6 +28,8 @@ from xent_metrics.tally.tally import TARGET_COUNTS, GroupTally, GroupTotals, Tal
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Average = Literal["none", "macro"]
+# Compilers of PyTorch before 2.7 cannot trace `get_args`.
+_NAN_POLICIES, _AVERAGES, _UNITS = map(get_args, (NanPolicy, Average, Unit))
 
 
 _NONFINITE = ("positive_infinite", "negative_infinite", "nan")
@@ -343,22 +345,22 @@ def macro_mean(values: list[float]) -> float:
 
 def check_reading(nan_policy: NanPolicy, confidence: float = 0.95) -> None:
     """Raise ValueError if an argument is not one that a reading understands."""
-    if nan_policy not in get_args(NanPolicy):
-        raise ValueError(f"`nan_policy` must be one of {list(get_args(NanPolicy))}, got {nan_policy!r}.")
+    if nan_policy not in _NAN_POLICIES:
+        raise ValueError(f"`nan_policy` must be one of {list(_NAN_POLICIES)}, got {nan_policy!r}.")
     if isinstance(confidence, bool) or not isinstance(confidence, float) or not 0.0 < confidence < 1.0:
         raise ValueError(f"`confidence` must be a float between 0 and 1, got {confidence!r}; 0.95 is usual.")
 
 
 def check_unit(unit: Unit) -> None:
     """Raise ValueError if `unit` is not one that a cross-entropy can be read in."""
-    if unit not in get_args(Unit):
-        raise ValueError(f"`unit` must be one of {list(get_args(Unit))}, got {unit!r}.")
+    if unit not in _UNITS:
+        raise ValueError(f"`unit` must be one of {list(_UNITS)}, got {unit!r}.")
 
 
 def check_average(average: Average) -> None:
     """Raise ValueError if `average` is not one that groups can be read with."""
-    if average not in get_args(Average):
-        raise ValueError(f"`average` must be one of {list(get_args(Average))}, got {average!r}.")
+    if average not in _AVERAGES:
+        raise ValueError(f"`average` must be one of {list(_AVERAGES)}, got {average!r}.")
 
 
 def check_valid(

@@ -16,10 +16,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from xent_metrics._compat import TORCH
 
 # What takes seconds to import is imported once, by a server process that every rank is forked from.
 _SLOW_IMPORTS = [
@@ -118,6 +121,8 @@ def _run_rank(
     if not together:
         os._exit(0)
     dist.barrier()  # Nobody leaves while others are still talking.
+    if TORCH < (2, 7):
+        time.sleep(0.05)  # What ends the group may wait for a thread of its own that needs the interpreter.
     dist.destroy_process_group()
 
 
@@ -166,5 +171,23 @@ class Collectives(TorchDispatchMode):
         return calls
 
 
+needs_fsdp2 = pytest.mark.skipif(TORCH < (2, 7), reason="FSDP2 of PyTorch 2.6 needs an accelerator")
+
+_asked_for = ""
+_allreduce = dist.ProcessGroup.allreduce
+
+
+def _noting_the_operation(group: Any, tensors: Any, options: Any) -> Any:
+    global _asked_for  # noqa: PLW0603
+    _asked_for = options.reduceOp.op.name
+    return _allreduce(group, tensors, options)
+
+
+if TORCH < (2, 11):  # Its dispatcher does not say how a collective reduces.
+    dist.ProcessGroup.allreduce = _noting_the_operation
+
+
 def _operation(name: str, args: Any) -> str:
-    return dist.ReduceOp.RedOpType(args[2].op()).name if name == "allreduce_" else ""
+    if name != "allreduce_":
+        return ""
+    return dist.ReduceOp.RedOpType(args[2].op()).name if TORCH >= (2, 11) else _asked_for

@@ -37,7 +37,7 @@ def number(version: str) -> tuple[int, ...]:
 
 def bound(name: str) -> str:
     """Return the oldest version that the project asks for."""
-    return re.search(rf'"{name}>=([\d.]+)', PROJECT)[1]  # type: ignore[index]
+    return re.search(rf'"{name}(?:\[\w+\])?>=([\d.]+)', PROJECT)[1]  # type: ignore[index]
 
 
 def test_every_row_passed_with_the_versions_of_its_combination() -> None:
@@ -51,7 +51,7 @@ def test_every_row_passed_with_the_versions_of_its_combination() -> None:
         assert row["failed"] == "0"
 
 
-@pytest.mark.parametrize("name", ["torch", "torchmetrics", "lightning"])
+@pytest.mark.parametrize("name", ["torch", "torchmetrics", "lightning", "tensorboard", "matplotlib", "jsonargparse"])
 def test_the_lower_bounds_are_the_oldest_that_are_tried(name: str) -> None:
     """Neither the project, nor the script, nor the page says another one."""
     tried = [pin.split("==")[1] for pin in compat.COMBINATIONS["oldest"].pins if pin.startswith(f"{name}==")]

@@ -24,7 +24,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests import reference
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import needs_fsdp2, run_ranks
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # Of each recipe the function that returns its numbers, and the module that makes logits.
@@ -36,6 +36,7 @@ RECIPES = {
     "fsdp_tp_loop": ("train", nn.Sequential),
 }
 SHARED = ("fsdp_tp_loop",)  # Those that have something for four processes.
+EACH = [pytest.param(name, marks=needs_fsdp2 if name in SHARED else ()) for name in RECIPES]
 Ranks = list[list[Tensor]]  # Of each rank, one tensor a batch.
 
 
@@ -183,7 +184,7 @@ def assert_right(name: str, ranks: list[Run]) -> None:
         assert rank.printed == ""
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_process_alone_prints_what_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `python examples/x.py` runs it."""
     for variable in ("RANK", "WORLD_SIZE"):
@@ -192,7 +193,9 @@ def test_a_process_alone_prints_what_is_right(name: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("world_size", "names"), [(2, sorted({*RECIPES} - {*SHARED})), (4, SHARED)])
+@pytest.mark.parametrize(
+    ("world_size", "names"), [(2, sorted({*RECIPES} - {*SHARED})), pytest.param(4, SHARED, marks=needs_fsdp2)]
+)
 def test_several_processes_print_what_is_right(world_size: int, names: list[str], tmp_path: Path) -> None:
     """Whatever their shares, they read the loss of all the data; all of them read the same."""
     ranks = run_ranks(world_size, run_on_a_rank, list(names), tmp_path=tmp_path)
@@ -202,7 +205,7 @@ def test_several_processes_print_what_is_right(world_size: int, names: list[str]
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EACH)
 def test_torchrun_prints_what_is_right(name: str) -> None:
     """As its docstring says; models that were not trained read what one process reads."""
     world_size = 4 if name in SHARED else 2

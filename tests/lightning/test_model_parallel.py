@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
+from tests.distributed.ranks import needs_fsdp2
 from tests.lightning.worlds import (
     Sharded,
     Table,
@@ -68,7 +69,7 @@ def fit_model_parallel(folder: Path, module_class: type[Table], data_parallel: i
 
 @pytest.mark.parametrize(
     ("module_class", "world_size", "data_parallel"),
-    [(Sharded, 2, 2), (Parallel, 2, 1), (Spread, 2, 1), (Parallel, 4, 2)],
+    [pytest.param(Sharded, 2, 2, marks=needs_fsdp2), (Parallel, 2, 1), (Spread, 2, 1), (Parallel, 4, 2)],
     ids=["fsdp2", "tensor parallel", "tensor parallel, logits spread", "two by two"],
 )
 def test_model_parallel_ranks_are_counted_once(tmp_path, module_class, world_size, data_parallel) -> None:

@@ -9,6 +9,7 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from tests.distributed.ranks import needs_fsdp2
 from tests.lightning.worlds import (
     BOUNDS,
     READINGS,
@@ -78,7 +79,7 @@ def fit_everything(folder: Path, strategy: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module", params=["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
 def everything(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[Path, list[dict[str, Any]]]:

@@ -175,6 +175,7 @@ class Calling(nn.Module):
         return value.state if isinstance(value, Tally) else value
 
 
+@pytest.mark.filterwarnings("ignore:.*get_attr:UserWarning")  # PyTorch 2.6, of the graph that it makes
 @each_of(EXPORTED, QUICK_EXPORTED)
 def test_exported(form: Form) -> None:
     """An exported module gives the values of eager code, and NaN for bad values."""

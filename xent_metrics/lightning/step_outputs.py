@@ -18,13 +18,13 @@ from torchmetrics.utilities.prints import rank_zero_warn
 
 from xent_metrics import _runtime
 from xent_metrics._validate import (
+    InWordsOf,
     as_num_bytes,
     as_num_classes,
     as_plain,
     as_tensor_hint,
     as_token_table,
     describe,
-    in_words_of,
     is_integer,
     is_integral,
 )
@@ -228,7 +228,7 @@ class OutputReader:
 
     def score(self, outputs: StepOutputs) -> ScoredBatch:
         """Return the losses of all targets; warn if the first logits of a step look like none."""
-        with in_words_of({**_WORDS, "`preds`": f'"{outputs.options.input}"'}, f"{outputs.source} returned: "):
+        with InWordsOf({**_WORDS, "`preds`": f'"{outputs.options.input}"'}, f"{outputs.source} returned: "):
             scored = score_batch(outputs.preds, outputs.target, None, outputs.options, token_bytes=self.token_bytes)
         self._look_at(outputs)
         return scored

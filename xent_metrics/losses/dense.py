@@ -7,7 +7,6 @@ All losses are `-sum_k t[k] * log q[k]` with target t and model q. The scores ar
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from xent_metrics.losses.linear import LinearLogits, check_linear
 from xent_metrics.losses.options import LossOptions
 from xent_metrics.losses.rows import Reduction, RowReader, RowResults, num_rows_in, of_rows, rows_to_score
 from xent_metrics.losses.sharded import local_scores, score_shard
-from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses, mark
+from xent_metrics.losses.target_losses import PROBABILITY_OUT_OF_RANGE, TARGET_OUT_OF_RANGE, TargetLosses
 from xent_metrics.losses.targets import as_index, ignored_status, lookup_index
 
 # How far the sum of a soft target may be from 1: float32 rounds very little, halves keep 3 digits of each probability.
@@ -79,8 +78,7 @@ def target_entropies(preds: Tensor | LinearLogits, target: Tensor, options: Loss
             nats = _entropy_term(1 - smoothing + rest) + (num_classes - 1) * _entropy_term(rest)
             return torch.full((target.numel(),), nats, dtype=_runtime.widest_float(preds.device), device=preds.device)
         results = RowResults(target.numel() // num_classes)
-        distributions = replace(options, input="probs", eps=None)
-        reader = RowReader(target, None, distributions)
+        reader = RowReader(target, None, options)
         reduction = Reduction(kernels.entropy, reader, temporaries=4, smoothing=smoothing)  # In float64.
         for rows, probs in reader.groups():
             results.add(num_rows_in(rows), reduction(probs))
@@ -182,7 +180,7 @@ def _with_improper(losses: TargetLosses, improper: Tensor | None) -> TargetLosse
     """Mark targets for which probabilities are outside [0, 1]."""
     if improper is None or (_runtime.can_read_values(improper) and not improper.any()):
         return losses
-    return losses._replace(status=mark(losses.status, PROBABILITY_OUT_OF_RANGE, improper))
+    return losses.marked(PROBABILITY_OUT_OF_RANGE, improper)
 
 
 def _no_losses(beside: Tensor) -> Tensor:

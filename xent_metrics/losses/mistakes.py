@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._compat import where_true
 from xent_metrics._validate import TO_BINARY, WEIGHT_LIMIT
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import BinaryOptions, LossOptions
@@ -174,7 +175,7 @@ def _wrong_target(
         )
 
     if isinstance(options, BinaryOptions):
-        example = target.reshape(-1)[where][0].item()
+        example = where_true(target.reshape(-1), where)[0].item()
         fix = _fix(example, options, _binary_fix(example))
         return say(f"0 and 1, or soft labels between them{or_ignored}", example, fix)
     target = options.shifted(preds, target)[1]
@@ -187,7 +188,7 @@ def _wrong_target(
             ", as soft targets,",
             "do not",
         )
-    example = target.reshape(-1)[where][0].item()
+    example = where_true(target.reshape(-1), where)[0].item()
     limit = preds.shape[options.class_dim] if options.input != "losses" else num_ids
     fix = _fix(example, options, TO_BINARY if limit == 1 else "check the vocabulary size")
     if num_ids is not None and limit is not None and num_ids <= example < limit:

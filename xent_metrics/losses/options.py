@@ -14,6 +14,8 @@ Input = Literal["logits", "log_probs", "probs", "losses"]
 BinaryInput = Literal["logits", "probs"]
 Backend = Literal["auto", "eager", "compile"]
 SmoothingOver = Literal["all", "others"]
+# Compilers of PyTorch before 2.7 cannot trace `get_args`.
+_INPUTS, _BINARY_INPUTS, _BACKENDS, _SMOOTHING_OVER = map(get_args, (Input, BinaryInput, Backend, SmoothingOver))
 Scores = TypeVar("Scores", bound=Tensor | LinearLogits)
 
 
@@ -46,9 +48,9 @@ class LossOptions:
     entropy: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("input", self.input, get_args(Input))
-        _check_choice("backend", self.backend, get_args(Backend))
-        _check_choice("label_smoothing_over", self.label_smoothing_over, get_args(SmoothingOver))
+        _check_choice("input", self.input, _INPUTS)
+        _check_choice("backend", self.backend, _BACKENDS)
+        _check_choice("label_smoothing_over", self.label_smoothing_over, _SMOOTHING_OVER)
         _make_plain(self, "class_dim", "ignore_index", "label_smoothing", "eps")
         if not is_integer(self.class_dim):
             raise TypeError(f"`class_dim` must be an integer, got {self.class_dim!r}.")
@@ -111,8 +113,8 @@ class BinaryOptions:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        _check_choice("input", self.input, get_args(BinaryInput))
-        _check_choice("backend", self.backend, get_args(Backend))
+        _check_choice("input", self.input, _BINARY_INPUTS)
+        _check_choice("backend", self.backend, _BACKENDS)
         _make_plain(self, "ignore_index", "label_smoothing", "eps")
         _check_ignore_index(self.ignore_index)
         _check_smoothing(self.label_smoothing)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xent_metrics import _runtime
+from xent_metrics._compat import where_true
 from xent_metrics._validate import check_device, check_hard, check_ids, check_weight, without
 from xent_metrics.losses.dense import target_losses
 from xent_metrics.losses.linear import LinearLogits
@@ -132,9 +133,8 @@ def as_groups(
         if extremes and not (extremes[0] >= 0 and extremes[1] < num_groups):
             bad = (groups < 0) | (groups >= num_groups)
             # As they were given: a uint64 may hold more than an index.
-            bad = per_target(group, shape, options, losses)[
-                bad if losses.status is None else bad & (losses.status != IGNORED)
-            ]
+            bad = bad if losses.status is None else bad & (losses.status != IGNORED)
+            bad = where_true(per_target(group, shape, options, losses), bad)
             if bad.numel():
                 raise_now(BAD_GROUP, bad.numel(), num_groups=num_groups, example=bad[0].item(), fix=fix)
     return groups

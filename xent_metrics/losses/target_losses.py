@@ -52,9 +52,8 @@ class TargetLosses(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> TargetLosses:
         """Change every tensor alike."""
-        loss, denominator, status = (None if x is None else change(x) for x in self[:3])
-        assert loss is not None
-        return TargetLosses(loss, denominator, status, tuple(map(change, self.others)))
+        denominator, status = (None if x is None else change(x) for x in (self.denominator, self.status))
+        return TargetLosses(change(self.loss), denominator, status, tuple(map(change, self.others)))
 
     def parts(self) -> list[TargetLosses]:
         """Return the losses, and then each of `others` as if it were the loss."""
@@ -83,7 +82,8 @@ class TargetLosses(NamedTuple):
 
     def marked(self, code: int, where: Tensor) -> TargetLosses:
         """Give targets a status where a mask is true and they have no stronger one."""
-        return self._replace(status=mark(self.status, code, where))
+        # Compilers of PyTorch before 2.9 cannot trace `_replace`.
+        return TargetLosses(self.loss, self.denominator, mark(self.status, code, where), self.others)
 
     def weighted(self, weight: Tensor | None) -> TargetLosses:
         """Weigh every target, by numbers or by a mask of what to score; what has weight 0 is ignored."""
@@ -116,7 +116,8 @@ class TargetLosses(NamedTuple):
             token_bytes = token_bytes.new_zeros(1)  # Every target is out of range, and looks up index 0.
         num_bytes = token_bytes[ids if within.status is None else ids.masked_fill(within._is_no_class(), 0)]
         silent = num_bytes == 0
-        losses = within._replace(denominator=num_bytes.to(_runtime.widest_float(ids.device)))
+        denominator = num_bytes.to(_runtime.widest_float(ids.device))
+        losses = TargetLosses(within.loss, denominator, within.status, within.others)
         if _is_nowhere(silent):
             return losses
         return losses.marked(IGNORED, silent if within.status is None else silent & ~within._is_no_class())
@@ -155,10 +156,10 @@ def difference(first: TargetLosses, second: TargetLosses) -> TargetLosses:
         """Widen; what counts as infinite is infinite also if the other one is as large."""
         return loss.to(dtype).masked_fill(loss >= LIMIT, math.inf).masked_fill(loss <= -LIMIT, -math.inf)
 
-    losses = second._replace(loss=wide(second.loss) - wide(first.loss))
-    if first.status is None or second.status is None:
-        return losses._replace(status=second.status if first.status is None else first.status)
-    return losses._replace(status=torch.maximum(first.status, second.status))
+    status = second.status if first.status is None else first.status
+    if first.status is not None and second.status is not None:
+        status = torch.maximum(first.status, second.status)
+    return TargetLosses(wide(second.loss) - wide(first.loss), second.denominator, status, second.others)
 
 
 def _is_nowhere(mask: Tensor) -> bool:

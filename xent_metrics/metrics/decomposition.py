@@ -14,7 +14,7 @@ from xent_metrics.losses.dense import target_entropies
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.options import Backend, Input, LossOptions, SmoothingOver
 from xent_metrics.losses.score import score_batch
-from xent_metrics.losses.target_losses import IGNORED, LIMIT
+from xent_metrics.losses.target_losses import IGNORED, LIMIT, TargetLosses
 from xent_metrics.metrics.base import LossMetric
 from xent_metrics.metrics.batch_tallies import read_batch
 from xent_metrics.metrics.transforms import outside_transforms
@@ -37,7 +37,8 @@ def tally_decomposition(
     with _runtime.no_graph():
         losses = score_batch(preds, target, weight, options).per_token
         loss = target_entropies(preds, target, options).view_as(losses.loss)
-        entropies = losses._replace(loss=loss if losses.denominator is None else loss * losses.denominator)
+        weighted = loss if losses.denominator is None else loss * losses.denominator
+        entropies = TargetLosses(weighted, losses.denominator, losses.status)
         finite = losses.loss.abs() < LIMIT
         parts = (losses, entropies.marked(IGNORED, ~finite), entropies.marked(IGNORED, finite))
         return Tally.stack(*(tally_losses(part) for part in parts))

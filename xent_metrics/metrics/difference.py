@@ -8,7 +8,7 @@ import torch  # noqa: F401  # The examples need it.
 from torch import Tensor
 
 from xent_metrics import _runtime
-from xent_metrics._validate import as_plain, in_words_of
+from xent_metrics._validate import InWordsOf, as_plain
 from xent_metrics.losses.linear import LinearLogits
 from xent_metrics.losses.mistakes import raise_mistakes
 from xent_metrics.losses.options import Backend, Input, LossOptions
@@ -46,10 +46,10 @@ def tally_difference(
 ) -> Tally:
     """Tally by how much the losses of `preds_b` exceed those of `preds_a`."""
     with _runtime.no_graph():
-        with in_words_of({"`preds`": "`preds_a`"}):
+        with InWordsOf({"`preds`": "`preds_a`"}):
             first, weights = score_unweighted(preds_a, target, weight, options)
             raise_mistakes(first.weighted(weights), preds_a, target, options, weights)
-        with in_words_of({"`preds`": "`preds_b`"}):
+        with InWordsOf({"`preds`": "`preds_b`"}):
             second, weights = score_unweighted(preds_b, target, weight, options)
             raise_mistakes(second.weighted(weights), preds_b, target, options, weights)
         losses = difference(first, second).weighted(weights)

@@ -177,7 +177,7 @@ def _tally_block(losses: TargetLosses) -> Tally:
             return Tally.of(state)
     cleared = _cleared(losses) if 0 < length <= _BLOCK_TARGETS else None
     # Numbers are only known to be small if they were read.
-    if cleared is not None and cleared.small and len(losses.loss) <= _FEW_SEQUENCES:
+    if cleared is not None and cleared.is_small() and len(losses.loss) <= _FEW_SEQUENCES:
         return Tally.of(_few_sequences(cleared))
     targets, counts = _tally_targets(losses) if cleared is None else cleared.targets()
     return Tally(torch.cat([_total(targets), *_tally_sequences(targets, length, counts)]))
@@ -333,9 +333,8 @@ class _Cleared(NamedTuple):
     status: Tensor | None
     most: float
 
-    @property
-    def small(self) -> bool:
-        """Whether all numbers, and their sums over sequences, are known to fit the two lowest limbs."""
+    def is_small(self) -> bool:
+        """Return whether all numbers, and their sums over sequences, are known to fit the two lowest limbs."""
         # Then a sequence is not wide, and no sum of upper limbs, each below the value * 2**32, reaches 2**58.
         return self.most < _SEQUENCE_LIMIT and self.most * self.loss.numel() < _SEQUENCE_LIMIT
 
@@ -357,7 +356,7 @@ class _Cleared(NamedTuple):
 
     def sequence_sums(self) -> Tensor:
         """Return limbs of each sequence's loss and weight, of shape (2, limbs, sequences); the low ones if small."""
-        if not self.small:
+        if not self.is_small():
             return self._all_limbs().sum(-1, dtype=torch.int64)
         sums = self.loss.new_empty(2, NUM_LOW_LIMBS, self.loss.shape[0], dtype=torch.int64)
         _sum_low_limbs(self.loss, sums[0], self.most)
@@ -370,7 +369,7 @@ class _Cleared(NamedTuple):
 
     def numbers(self) -> tuple[list[int], Tensor]:
         """Return which rows of a `GroupTally` anything is added to, and what every target of one sequence adds."""
-        if not self.small:
+        if not self.is_small():
             limbs = self._all_limbs().view(2 * NUM_LIMBS, -1).to(torch.int64)
             table = _runtime.constant(_COUNTS, self.loss, torch.int64)
             counts = table[self._statuses().flatten().to(torch.int64)].t()
@@ -431,11 +430,11 @@ def _cleared(losses: TargetLosses) -> _Cleared:
         extremes = None
     most = math.inf if extremes is None else max(-extremes[0], extremes[1], heaviest)
     cleared = _Cleared(loss, denominator, status, most)
-    if status is None or not cleared.small:
+    if status is None or not cleared.is_small():
         return cleared
     scored = (status == SCORED).to(loss.dtype)
     # They are finite, and a product is faster than `masked_fill`.
-    return cleared._replace(loss=loss * scored, denominator=None if denominator is None else denominator * scored)
+    return _Cleared(loss * scored, None if denominator is None else denominator * scored, status, most)
 
 
 def _with_nonfinite(status: Tensor | None, loss: Tensor) -> Tensor:
