@@ -66,7 +66,7 @@ def test_digits_by_shifts_are_those_of_a_view(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int32], ids=str)
 def test_unsigned_integers_are_picked_by_a_mask(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those that are negative as signed ones."""
-    monkeypatch.setattr(_compat, "TORCH", (2, 8))
+    monkeypatch.setattr(_compat, "TORCH", (2, 10))
     least = -1 if dtype == torch.int32 else 0
     numbers = torch.tensor([least, 1, torch.iinfo(dtype).max, 3], dtype=dtype)
     picked = _compat.where_true(numbers, torch.tensor([True, False, True, False]))

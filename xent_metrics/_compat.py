@@ -22,6 +22,7 @@ if TORCH < (2, 6):  # Where an installer did not look.
     )
 
 
+# What the limit is called in the configuration; can go with `compile_often`.
 RECOMPILE_LIMIT = "recompile_limit" if TORCH >= (2, 7) else "cache_size_limit"
 
 
@@ -70,10 +71,10 @@ def digits_by_shifts(numbers: Tensor) -> Tensor:
 def where_true(x: Tensor, mask: Tensor) -> Tensor:
     """Return `x[mask]`.
 
-    Can go with PyTorch 2.9: before, nothing can be picked from unsigned integers wider than a byte.
+    Can go with PyTorch 2.11: until 2.9 at least, nothing can be picked from unsigned integers wider than a byte.
     """
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(x.dtype)
-    return x[mask] if signed is None or TORCH >= (2, 9) else x.view(signed)[mask].view(x.dtype)
+    return x[mask] if signed is None or TORCH >= (2, 11) else x.view(signed)[mask].view(x.dtype)
 
 
 def set_at_once(obj: object, values: dict[str, Any]) -> None:

@@ -389,6 +389,7 @@ def is_integral(x: Tensor) -> bool:
 
 def as_plain(value: Any) -> Any:
     """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
+    # Tuples, as the compiler of PyTorch 2.8 cannot trace unions.
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
@@ -420,7 +421,7 @@ class InWordsOf:
         source: What it says first.
     """
 
-    # Compilers of PyTorch before 2.8 cannot trace `contextmanager`.
+    # The compiler of PyTorch 2.6 cannot trace `contextmanager`.
 
     def __init__(self, caller: Mapping[str, str], source: str = "") -> None:
         self._caller, self._source = caller, source

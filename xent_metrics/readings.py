@@ -28,7 +28,7 @@ from xent_metrics.tally.tally import TARGET_COUNTS, GroupTally, GroupTotals, Tal
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Average = Literal["none", "macro"]
-# Compilers of PyTorch before 2.7 cannot trace `get_args`.
+# The compiler of PyTorch 2.6 cannot trace `get_args`.
 _NAN_POLICIES, _AVERAGES, _UNITS = map(get_args, (NanPolicy, Average, Unit))
 
 

@@ -14,7 +14,7 @@ Input = Literal["logits", "log_probs", "probs", "losses"]
 BinaryInput = Literal["logits", "probs"]
 Backend = Literal["auto", "eager", "compile"]
 SmoothingOver = Literal["all", "others"]
-# Compilers of PyTorch before 2.7 cannot trace `get_args`.
+# The compiler of PyTorch 2.6 cannot trace `get_args`.
 _INPUTS, _BINARY_INPUTS, _BACKENDS, _SMOOTHING_OVER = map(get_args, (Input, BinaryInput, Backend, SmoothingOver))
 Scores = TypeVar("Scores", bound=Tensor | LinearLogits)
 

@@ -82,7 +82,7 @@ class TargetLosses(NamedTuple):
 
     def marked(self, code: int, where: Tensor) -> TargetLosses:
         """Give targets a status where a mask is true and they have no stronger one."""
-        # Compilers of PyTorch before 2.9 cannot trace `_replace`.
+        # The compiler of PyTorch 2.8 cannot trace `_replace`.
         return TargetLosses(self.loss, self.denominator, mark(self.status, code, where), self.others)
 
     def weighted(self, weight: Tensor | None) -> TargetLosses:
