@@ -40,7 +40,7 @@ class Combination(NamedTuple):
 
 _OLDEST = (
     "torch==2.6.0", "torchmetrics==1.7.0", "lightning==2.5.3", "pytorch-lightning==2.5.3", "numpy==1.26.4",
-    "tensorboard==2.18.0", "matplotlib==3.10.0", "jsonargparse==4.39.0",
+    "tensorboard==2.18.0", "matplotlib==3.10.0", "jsonargparse==4.43.0",
 )  # fmt: skip
 COMBINATIONS: Mapping[str, Combination] = {
     "oldest": Combination("3.10", _OLDEST),

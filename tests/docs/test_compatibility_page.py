@@ -55,7 +55,7 @@ def test_every_row_passed_with_the_versions_of_its_combination() -> None:
 def test_the_lower_bounds_are_the_oldest_that_are_tried(name: str) -> None:
     """Neither the project, nor the script, nor the page says another one."""
     tried = [pin.split("==")[1] for pin in compat.COMBINATIONS["oldest"].pins if pin.startswith(f"{name}==")]
-    of_page = {row[0].lower(): row[1] for row in map(cells, PAGE.splitlines()) if len(row) == 3}
+    of_page = {row[0].lower().partition(",")[0]: row[1] for row in map(cells, PAGE.splitlines()) if len(row) == 3}
     assert (
         [number(bound(name))] == list(map(number, tried)) == [number(of_page["pytorch" if name == "torch" else name])]
     )
