@@ -45,7 +45,7 @@ _OLDEST = (
 COMBINATIONS: Mapping[str, Combination] = {
     "oldest": Combination("3.10", _OLDEST),
     "middle": Combination("3.12", ("torch==2.11.0",)),
-    "newest": Combination("3.13"),
+    "newest": Combination("3.14"),
 }
 
 
