@@ -26,7 +26,7 @@ def make_batches(rank: int = 0, num_ranks: int = 1) -> list[Tensor]:
 def train(mesh: dist.DeviceMesh) -> tuple[dict[str, Tensor], float]:
     """Train; return the readings of all tokens, and the mean of the mean losses of steps and data-parallel ranks."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(36, 32), nn.Linear(32, 36))
+    model = nn.Sequential(nn.Embedding(36, 32), nn.Linear(32, 36))  # 33 tokens, and some for even shares.
     head = parallel.ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     fully_shard(parallel.parallelize_module(model, mesh["tp"], {"1": head}), mesh=mesh["dp"])
     optimizer, group = torch.optim.AdamW(model.parameters(), lr=1e-2), mesh["dp"].get_group()

@@ -3,7 +3,7 @@
 python -m tests.compat [NAME ...]
 
 Each combination gets a fresh environment, one at a time, which is removed after its run: one with a CUDA build of
-PyTorch takes 5 GB. It needs the Pythons (`python3.10` and so on), and about half an hour of two cores for each row.
+PyTorch takes 6 GB. It needs the Pythons (`python3.10` and so on), and about ten minutes of two cores for each row.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ Result = TypeVar("Result")
 TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
 if TORCH < (2, 6):  # Where an installer did not look.
     raise ImportError(
-        f"xent_metrics needs PyTorch 2.6 or newer, got {torch.__version__}: older compilers cannot trace it, and its "
-        "numbers were not verified there; install torch>=2.6."
+        f"xent_metrics needs PyTorch 2.6 or newer, got {torch.__version__}: its numbers were not verified there; "
+        "install torch>=2.6."
     )
 
 
@@ -45,7 +45,7 @@ def compile_often(function: Callable[..., Result], limit: int) -> Callable[..., 
 
 
 def is_exporting() -> bool:
-    """Return whether this call is being exported; compiled, too, before PyTorch 2.7.
+    """Return whether this call is being exported; in PyTorch 2.6 also if it is being compiled.
 
     Can go with PyTorch 2.7, which has `torch.compiler.is_exporting`.
     """
@@ -69,9 +69,9 @@ def digits_by_shifts(numbers: Tensor) -> Tensor:
 
 
 def where_true(x: Tensor, mask: Tensor) -> Tensor:
-    """Return `x[mask]`.
+    """Return `x[mask]`, also of unsigned integers wider than a byte.
 
-    Can go with PyTorch 2.11: until 2.9 at least, nothing can be picked from unsigned integers wider than a byte.
+    Can go with PyTorch 2.11. 2.9 and older cannot index them by a mask; 2.10 was not tried.
     """
     signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(x.dtype)
     return x[mask] if signed is None or TORCH >= (2, 11) else x.view(signed)[mask].view(x.dtype)

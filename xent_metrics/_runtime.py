@@ -1,7 +1,8 @@
 """Where the code runs: may values be read here, is the call traced, which float is the widest.
 
-Nothing else in the library asks PyTorch these questions, so a test that replaces `can_read_values` puts the whole
-library into the state that it has on an accelerator. Call these functions through the module for that reason.
+Nothing else in the library asks PyTorch these questions, but for `_compat.py`, whose answers change no value. So a
+test that replaces `can_read_values` puts the whole library into the state that it has on an accelerator. Call these
+functions through the module for that reason.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _NOTHING_TO_DO = nullcontext()
 def is_traced() -> bool:
     """Return whether this call is being compiled or exported.
 
-    `torch.compiler.is_compiling` is also true for everything that runs while another thread compiles.
+    `torch.compiler.is_compiling` of newer versions is also true for all that runs while another thread compiles.
     """
     return torch.compiler.is_dynamo_compiling() or is_exporting()
 

@@ -268,7 +268,7 @@ def as_tensor_hint(value: Any, parts: tuple[str, ...] = ("logits", "data")) -> s
             return f"pass its .{part}"
     if isinstance(value, Mapping):
         return f"pass one of its values, which are {[*value][:9]}"
-    if isinstance(value, tuple | list) and any(isinstance(x, Tensor) for x in value):
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
         return "pass one of its tensors, or torch.cat of them"
     return "convert it with torch.as_tensor"
 
@@ -389,7 +389,6 @@ def is_integral(x: Tensor) -> bool:
 
 def as_plain(value: Any) -> Any:
     """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
-    # Tuples, as the compiler of PyTorch 2.8 cannot trace unions.
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):

@@ -177,10 +177,11 @@ _asked_for = ""
 _allreduce = dist.ProcessGroup.allreduce
 
 
-def _noting_the_operation(group: Any, tensors: Any, options: Any) -> Any:
+def _noting_the_operation(group: Any, tensors: Any, *others: Any, **named: Any) -> Any:
     global _asked_for  # noqa: PLW0603
-    _asked_for = options.reduceOp.op.name
-    return _allreduce(group, tensors, options)
+    options = named.get("opts", others[0] if others else None)
+    _asked_for = options.reduceOp.op.name if isinstance(options, dist.AllreduceOptions) else ""
+    return _allreduce(group, tensors, *others, **named)
 
 
 if TORCH < (2, 11):  # Its dispatcher does not say how a collective reduces.

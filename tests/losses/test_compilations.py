@@ -141,7 +141,7 @@ def test_another_thread_may_compile_meanwhile(
 ) -> None:
     """PyTorch then says of all threads that they compile; this one still looks at its targets, and needs no memory."""
     if TORCH < (2, 7):
-        pytest.skip("says so only where a model is exported")
+        pytest.skip("`is_compiling` of PyTorch 2.6 is what says that a call is exported")
     monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
     assert torch.compiler.is_compiling()
     metric = CrossEntropy()

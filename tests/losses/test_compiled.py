@@ -473,6 +473,18 @@ def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(functional.perplexity(*before, backend="compile"), expected)
 
 
+@pytest.mark.parametrize("message", ["NoCompiler: none\n\nHint", "backend='inductor' raised:\nNoCompiler: none\nHint"])
+def test_the_cause_is_named(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the second line of errors of PyTorch 2.8 and older."""
+
+    def fail(*_: object) -> None:
+        raise torch._dynamo.exc.TorchDynamoException(message)
+
+    monkeypatch.setattr(compiled, "_compiled", lambda *_, **__: fail)
+    with pytest.raises(ValueError, match="got 'compile' and 'NoCompiler: none'; install"):
+        functional.perplexity(torch.randn(4, K), torch.randint(0, K, (4,)), backend="compile")
+
+
 @needs_compiler
 def test_callback() -> None:
     """The callback scores by what is compiled, once for all its batches."""

@@ -101,6 +101,7 @@ def test_large_batches(way: Callable[..., Tensors]) -> None:
         (lambda x: [functional.cross_entropy(x, x.softmax(-1))], logits),
         (lambda x: [functional.normalized_cross_entropy(x, target, num_classes=200)], logits),
         (lambda x: [functional.cross_entropy(LinearLogits(x, head), target)], logits[:, :8]),
+        (lambda x: [functional.cross_entropy(LinearLogits(x, head, scale=3.0, softcap=0.5), target)], logits[:, :8]),
         (lambda x: [functional.cross_entropy(LinearLogits(logits[:, :8], x), target.clamp(max=7))], head),
     ):
         assert [bits(value) for value in way(call, x)] == [bits(value) for value in call(x)]

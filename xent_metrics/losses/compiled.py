@@ -112,7 +112,8 @@ def _run_compiled(
         with _one_at_a_time:
             return _compiled(kernel, kinds, **constants)(*tensors)
     except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # The latter of the compiler's cache.
-        cause = " ".join(str(error).partition("\n\n")[0].split())
+        first, _, rest = str(error).partition("\n")
+        cause = rest.partition("\n")[0] if first.endswith("raised:") else first
         raise ValueError(
             f"`backend` must be 'auto' or 'eager' where the losses cannot be compiled, got 'compile' and {cause!r}; "
             "install the compiler if it is missing (C++, on CUDA Triton), or look at the error above."

@@ -90,7 +90,7 @@ class _Packed(NamedTuple):
 def _packed(values: Any) -> Any:
     def pack(x: Any) -> Any:
         if isinstance(x, LinearLogits):
-            return _Packed(LinearLogits, (x.hidden, x.weight, x.bias))
+            return _Packed(*x.__reduce__())  # With its scale and its cap.
         return _Packed(type(x), (x.state,)) if isinstance(x, Tally | GroupTally) else x
 
     return tree_map(pack, values)
