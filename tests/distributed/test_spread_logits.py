@@ -362,7 +362,7 @@ def pass_parts_without_shape(rank: int) -> str:
 @distributed
 def test_parts_of_unknown_shape(tmp_path: Path) -> None:
     """Parts of which ranks do not agree how many classes there are raise on every rank."""
-    for text in run_ranks(2, pass_parts_without_shape, tmp_path=tmp_path, timeout=20):
+    for text in run_ranks(2, pass_parts_without_shape, tmp_path=tmp_path, timeout=60):
         assert text.startswith("ValueError: `preds` must be a DTensor of the parts")
 
 
@@ -378,5 +378,5 @@ def pass_crooked_parts(rank: int) -> str:
 @distributed
 def test_parts_of_which_some_have_the_wrong_size(tmp_path: Path) -> None:
     """Where the parts of some ranks are wrong, every rank raises."""
-    for text in run_ranks(4, pass_crooked_parts, tmp_path=tmp_path, timeout=20):
+    for text in run_ranks(4, pass_crooked_parts, tmp_path=tmp_path, timeout=60):
         assert text.startswith("ValueError: `preds` must be a DTensor of the parts")

@@ -323,7 +323,7 @@ def row_blocks(tensors: list[Tensor], max_rows: int, start: int = 0) -> Iterator
     shape = tensors[0].shape[:-1]
     rows = shape.numel()
     if rows <= max_rows:
-        if rows:
+        if rows > 0:  # Of `if rows` PyTorch 2.6 compiles one graph for each number.
             yield slice(start, start + rows), tensors
         return
     inner = rows // shape[0]
