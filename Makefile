@@ -57,8 +57,6 @@ evaluate: $(EVALUATE)/ready  ## evaluate a small pretrained language model on Py
 compat: $(READY)  ## run the tests with the oldest and the newest versions of what is needed (COMPAT=oldest for one of them)
 	$(BIN)/python -m tests.compat $(COMPAT)
 
-test: $(READY)  ## run tests and doctests on all cores (PYTEST_ARGS='-k tally -n 0' passes options on; '-m slow' runs the rest)
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow' $(PYTEST_ARGS)
 recipes: $(EVALUATE)/ready  ## test the examples that need transformers, in the environment of `evaluate`
 	$(EVALUATE)/bin/python -m pytest tests/examples/test_hf_trainer.py tests/examples/test_evaluate_lm.py
 

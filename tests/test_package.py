@@ -40,6 +40,12 @@ def test_workflows_test_the_oldest_versions_that_are_allowed() -> None:
     assert matrix["torch"] == [f"torch=={torch_bound}.*", "torch"]
 
 
+def test_each_verb_has_one_recipe() -> None:
+    """Of two make takes the second, and warns."""
+    verbs = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert len(verbs) == len(set(verbs)) > 10
+
+
 def test_workflows_run_what_there_is() -> None:
     """Each verb is one of the Makefile, and its variables are."""
     makefile = (ROOT / "Makefile").read_text()
