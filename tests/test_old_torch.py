@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +16,27 @@ from xent_metrics import _compat
 LIBRARY = Path(__file__).parents[1] / "xent_metrics"
 
 
+@pytest.fixture(autouse=True)
+def _of_what_is_here() -> Iterator[None]:
+    """Let the module be of the version that is here again, once nothing else is replaced."""
+    yield
+    importlib.reload(_compat)
+
+
 @pytest.mark.parametrize("version", ["2.5.1+cu124", "2.4.0", "1.13.1"])
 def test_one_that_was_not_verified_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever installs without looking at what is asked for gets an error, and no number."""
     monkeypatch.setattr(torch, "__version__", version)
-    try:
-        with pytest.raises(ImportError, match=rf"needs PyTorch 2.6 .*, got {re.escape(version)}: .* install torch>="):
-            importlib.reload(_compat)
-    finally:
-        monkeypatch.undo()
+    with pytest.raises(ImportError, match=rf"needs PyTorch 2.6 .*, got {re.escape(version)}: .* install torch>="):
         importlib.reload(_compat)
 
 
 @pytest.mark.parametrize("version", ["2.6.0", "2.13.0a0+git1234567", "3.0.0"])
 def test_newer_ones_are_not(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers are compared, not letters; what was built from sources has a version too."""
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "__version__", version)
-        importlib.reload(_compat)
-        assert tuple(map(int, version.split(".")[:2])) == _compat.TORCH
+    monkeypatch.setattr(torch, "__version__", version)
     importlib.reload(_compat)
+    assert tuple(map(int, version.split(".")[:2])) == _compat.TORCH
 
 
 @pytest.mark.parametrize("torch_version", [(2, 11), (2, 12)])
@@ -81,8 +83,9 @@ def test_unsigned_integers_are_picked_by_a_mask(dtype: torch.dtype, monkeypatch:
 def test_exporting_is_seen_by_an_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch 2.6 has `is_compiling` only, which is also true of what is exported."""
     assert not _compat.is_exporting()
-    monkeypatch.setattr(_compat, "TORCH", (2, 6))
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    importlib.reload(_compat)
     assert _compat.is_exporting()
 
 

@@ -44,12 +44,9 @@ def compile_often(function: Callable[..., Result], limit: int) -> Callable[..., 
     return call
 
 
-def is_exporting() -> bool:
-    """Return whether this call is being exported; in PyTorch 2.6 also if it is being compiled.
-
-    Can go with PyTorch 2.7, which has `torch.compiler.is_exporting`.
-    """
-    return torch.compiler.is_exporting() if TORCH >= (2, 7) else torch.compiler.is_compiling()
+# Whether a call is being exported; in PyTorch 2.6 also if it is being compiled. Chosen once: every update asks often.
+# Can go with PyTorch 2.7, which has `torch.compiler.is_exporting`.
+is_exporting: Callable[[], bool] = torch.compiler.is_exporting if TORCH >= (2, 7) else torch.compiler.is_compiling
 
 
 def can_view_digits() -> bool:

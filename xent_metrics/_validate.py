@@ -389,6 +389,7 @@ def is_integral(x: Tensor) -> bool:
 
 def as_plain(value: Any) -> Any:
     """Return the Python number that a value stands for, such as a scalar of NumPy; anything else as it is."""
+    # Tuples of types: the compiler of PyTorch 2.8 cannot trace unions.
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
